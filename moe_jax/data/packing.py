@@ -1,0 +1,211 @@
+"""Packs documents into rows of a fixed length, as an endless stream that can be stopped anywhere.
+
+Grain's best-fit packer fills a group of rows at a time. Its length is fixed and its state points
+to the start of the open group, so what is ours is the cutting of long documents, and the border
+between two lengths: what was drawn for the open group and not handed out goes back to the front.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from moe_jax.data.corpus import Corpus, Span
+from moe_jax.data.tokenizer import ByteTokenizer
+
+Row = dict[str, np.ndarray]
+State = dict[str, Any]
+
+
+class SpanReader:
+    """Tokens of spans; remembers the last document, since its pieces come one after the other."""
+
+    def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer):
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._document: int | None = None
+        self._tokens = np.zeros(0, np.int32)
+
+    def read(self, span: Span) -> Row:
+        """`tokens` and `targets` [length] int32, and the span itself as `span` [3] int64."""
+        if span.document != self._document:
+            self._tokens = self._tokenizer.encode_document(self._corpus[span.document])
+            self._document = span.document
+        return {
+            "tokens": self._tokens[span.start : span.stop],
+            "targets": self._tokens[span.start + 1 : span.stop + 1],
+            "span": np.array(span, np.int64),
+        }
+
+
+class _PieceIterator(grain.DatasetIterator):
+    """Spans cut to pieces of at most `length`: first those put back, then elements first, first +
+    stride, ... of `order`. The state is {"front": spans not yet cut, "next": elements drawn}."""
+
+    def __init__(self, order, first: int, stride: int, reader: SpanReader, length: int):
+        super().__init__()
+        self._order, self._first, self._stride = order, first, stride
+        self._reader, self._length = reader, length
+        self._front: list[Span] = []
+        self._next = 0
+
+    def next_span(self) -> Span:
+        if not self._front:
+            index = self._first + self._stride * self._next
+            if index >= len(self._order):
+                raise StopIteration
+            self._front = [self._order[index]]
+            self._next += 1
+        document, start, stop = self._front[0]
+        cut = min(start + self._length, stop)
+        self._front[:1] = [Span(document, cut, stop)] if cut < stop else []
+        return Span(document, start, cut)
+
+    def __next__(self) -> Row:
+        return self._reader.read(self.next_span())
+
+    def get_state(self) -> State:
+        return {"front": [list(span) for span in self._front], "next": self._next}
+
+    def set_state(self, state: State) -> None:
+        self._front = [Span(*span) for span in state["front"]]
+        self._next = state["next"]
+
+
+class _Pieces(grain.IterDataset):
+    def __init__(self, *arguments):
+        super().__init__()
+        self._arguments = arguments
+
+    def __iter__(self) -> _PieceIterator:
+        return _PieceIterator(*self._arguments)
+
+
+def _rows(pieces: _Pieces, length: int, bins: int, shuffle: bool):
+    return iter(
+        grain.experimental.BestFitPackIterDataset(
+            pieces,
+            length_struct={"tokens": length, "targets": length},
+            num_packing_bins=bins,
+            shuffle_bins=shuffle,
+            meta_features=["span"],
+        )
+    )
+
+
+def _finish(packed: dict[str, Any], mask_documents: bool) -> Row:
+    """A packer's row in the form that the model takes: five arrays [length]."""
+    segment_ids = packed["tokens_segment_ids"].astype(np.int32)
+    positions = packed["tokens_positions"].astype(np.int32)
+    if not mask_documents:
+        # The row is one text: attention crosses documents, so positions must not restart.
+        segment_ids = (segment_ids > 0).astype(np.int32)
+        positions = np.arange(len(positions), dtype=np.int32)
+    return {
+        "tokens": packed["tokens"].astype(np.int32),
+        "targets": packed["targets"].astype(np.int32),
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_weights": (segment_ids > 0).astype(np.float32),
+    }
+
+
+class Stream:
+    """Logical stream `index` of `num_streams`: an endless sequence of packed rows.
+
+    A row is a dict of arrays [length]: `tokens` and `targets` int32 (the next token of the same
+    document), `segment_ids` int32 (from 1 on; 0 is padding), `positions` int32, `loss_weights`
+    float32 (0 on padding). Spans come in an order shuffled anew each epoch, of which each stream
+    takes every `num_streams`-th; every prediction that is drawn comes out once and in order.
+
+    Args:
+      spans: what the streams share out.
+      bins: rows that the packer fills at a time.
+      mask_documents: whether a row's documents are segments of their own.
+      length: of a row, in tokens.
+      state: of `get_state`, to go on from there.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        spans: Sequence[Span],
+        *,
+        index: int,
+        num_streams: int,
+        seed: int,
+        bins: int,
+        mask_documents: bool,
+        length: int,
+        state: State | None = None,
+    ):
+        self._reader = SpanReader(corpus, ByteTokenizer())
+        self._order = grain.MapDataset.source(spans).seed(seed).shuffle().repeat()
+        self._index, self._num_streams = index, num_streams
+        self._bins, self._mask_documents = bins, mask_documents
+        self._length = length
+        self._packer = self._open(state)
+
+    def _pieces(self) -> _Pieces:
+        return _Pieces(self._order, self._index, self._num_streams, self._reader, self._length)
+
+    def _open(self, state: State | None):
+        packer = _rows(self._pieces(), self._length, self._bins, shuffle=True)
+        if state is not None:
+            packer.set_state(state)
+        return packer
+
+    def next_row(self) -> Row:
+        return _finish(next(self._packer), self._mask_documents)
+
+    def get_state(self) -> State:
+        """A small JSON-able document."""
+        return self._packer.get_state()
+
+    def set_length(self, length: int) -> None:
+        """Goes on with rows of another length; what no row has brought yet comes first."""
+        state = self.get_state()
+        group, taken, counter = state["parent"], state["next_row"], state["counter"]
+        repacked = self._open({"parent": group, "next_row": 0, "counter": counter - taken})
+        used = {tuple(span) for _ in range(taken) for span in next(repacked)["span"]}
+
+        pieces = iter(self._pieces())
+        pieces.set_state(group)
+        unused: list[Span] = []
+        while used:
+            span = pieces.next_span()
+            if span in used:
+                used.remove(span)
+            else:
+                unused.append(span)
+        rest = pieces.get_state()
+        front = _merge([*unused, *(Span(*span) for span in rest["front"])])
+        self._length = length
+        self._packer = self._open(
+            {
+                "parent": {"front": [list(span) for span in front], "next": rest["next"]},
+                "next_row": 0,
+                "counter": counter,
+            }
+        )
+
+
+def _merge(spans: Sequence[Span]) -> list[Span]:
+    """Neighbouring parts of one document as one span again."""
+    merged: list[Span] = []
+    for span in spans:
+        if merged and merged[-1].document == span.document and merged[-1].stop == span.start:
+            merged[-1] = merged[-1]._replace(stop=span.stop)
+        else:
+            merged.append(span)
+    return merged
+
+
+def pack_once(
+    corpus: Corpus, spans: Sequence[Span], *, length: int, bins: int, mask_documents: bool
+) -> Iterator[Row]:
+    """Rows of all spans, in order, once."""
+    reader = SpanReader(corpus, ByteTokenizer())
+    for packed in _rows(_Pieces(spans, 0, 1, reader, length), length, bins, shuffle=False):
+        yield _finish(packed, mask_documents)

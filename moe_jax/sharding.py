@@ -1,0 +1,125 @@
+"""The mesh, its axes, and the rules from a parameter's logical axes to mesh axes.
+
+This is the one file that spells mesh axes for parameters and activations. All seven axes are
+always present, of size 1 where unused, so that no code asks whether an axis exists. They are
+explicit (`AxisType.Explicit`): a wrong or missing sharding is an error when tracing.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import MESH_AXES, MeshConfig, UserError
+
+# From slow links to fast ones: neighbours along the last axis are neighbours in the machine.
+DEVICE_ORDER = ("pipeline", "data", "fsdp", "expert_outer", "expert", "context", "tensor")
+EXPERT_AXES = ("expert_outer", "expert")
+BATCH_AXES = ("data", "fsdp", "expert_outer", "expert")
+BATCH = P(BATCH_AXES)  # activations: rows are split, everything behind them is whole
+
+# A logical axis of a parameter and the mesh axes that split it.
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),  # the model dim
+    "latent": ("fsdp",),  # MLA's compressed dims, where they are a product's input
+    "experts": EXPERT_AXES,
+}
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each mesh axis on `num_devices` devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    product = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    if free and num_devices % known == 0:
+        sizes[free[0]] = num_devices // known
+    elif free or known != num_devices:
+        raise UserError(
+            f"config.mesh ({product or 'every axis 1'}) does not fit {num_devices} devices: "
+            f"the sizes multiply to {known}; set one axis to -1 to take the devices that are left"
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (all of them if None)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    shape = tuple(sizes[axis] for axis in DEVICE_ORDER)
+    return jax.make_mesh(
+        shape, DEVICE_ORDER, axis_types=(AxisType.Explicit,) * len(shape), devices=devices
+    )
+
+
+def num_shards(mesh_shape: dict[str, int], axes: Sequence[str]) -> int:
+    """Into how many parts these axes split a dim."""
+    return math.prod(mesh_shape[axis] for axis in axes)
+
+
+def parameter_spec(shape: Sequence[int], logical_axes: Sequence[str | None]) -> P:
+    """How a parameter is split on the current mesh.
+
+    A dim that the rule's mesh axes do not divide is split over the longest leading part of them
+    that does: 7168 = 1024 * 7 over 2,048 devices must not need a rule of its own.
+    """
+    assert len(shape) == len(logical_axes), (shape, logical_axes)
+    mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
+    spec: list[tuple[str, ...] | None] = []
+    for size, name in zip(shape, logical_axes, strict=True):
+        axes = RULES[name] if name else ()
+        while axes and size % num_shards(mesh_shape, axes):
+            axes = axes[:-1]
+        spec.append(axes or None)
+    return P(*spec)
+
+
+def gather(parameter: jax.Array) -> jax.Array:
+    """The whole parameter on every device, just before its use."""
+    return jax.sharding.reshard(parameter, P())
+
+
+def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
+    """Inside a `shard_map`: a parameter's shard gathered along all dims from `keep` on.
+
+    Its transpose is the reduce-scatter that a gradient needs.
+    """
+    for dim, axes in enumerate(spec):
+        if dim >= keep and axes:
+            shard = jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
+    return shard
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch [micro_batches, rows, length]: rows are split."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+
+def process_share(mesh: Mesh) -> tuple[int, int, int]:
+    """The rows that this process feeds: parts [first, last) out of `count` equal ones.
+
+    Raises:
+      ValueError: this process's devices do not hold neighbouring rows.
+    """
+    count = num_shards(dict(mesh.shape), BATCH_AXES)
+    order = np.moveaxis(mesh.devices, [DEVICE_ORDER.index(axis) for axis in BATCH_AXES], range(4))
+    mine = sorted(
+        {
+            part
+            for part, devices in enumerate(order.reshape(count, -1))
+            if any(device.process_index == jax.process_index() for device in devices)
+        }
+    )
+    if mine != list(range(mine[0], mine[-1] + 1)):
+        raise UserError(
+            f"the devices of process {jax.process_index()} hold parts {mine} of the batch, which "
+            "are not neighbours; change config.mesh so that each process's devices stand together"
+        )
+    return mine[0], mine[-1] + 1, count

@@ -1,0 +1,68 @@
+"""AdamW, its schedule, and which parameters decay."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.config import OptimizerConfig
+
+Tree = Any  # nested dicts of arrays
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int, update: jax.Array) -> jax.Array:
+    """Linear warm-up to `peak_lr`, then a cosine to `final_lr` at update `num_steps`.
+
+    Args:
+      update: [] int32, updates done so far; the first one already has a rate above 0.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.peak_lr,
+        config.warmup_steps,
+        max(num_steps, config.warmup_steps + 1),
+        config.final_lr,
+    )
+    return jnp.asarray(schedule(update + 1), jnp.float32)
+
+
+def decayed(parameters: Tree, decay_all: bool) -> Tree:
+    """True for each parameter that decays: norms and the router do not, unless `decay_all`."""
+
+    def decays(path: tuple, _: jax.Array) -> bool:
+        names = {str(key.key) for key in path}
+        return decay_all or not names & {"scale", "router"}
+
+    return jax.tree_util.tree_map_with_path(decays, parameters)
+
+
+class AdamW:
+    """AdamW with clipping by the global norm, on plain trees.
+
+    Its state is {"mu": tree, "nu": tree}; the count of updates belongs to the train state.
+    """
+
+    def __init__(self, config: OptimizerConfig, num_steps: int):
+        self._config, self._num_steps = config, num_steps
+        self._clip = optax.clip_by_global_norm(config.clip_norm)
+        self._adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        self._decay = optax.add_decayed_weights(
+            config.weight_decay, lambda parameters: decayed(parameters, config.decay_all)
+        )
+
+    def init(self, parameters: Tree) -> Tree:
+        state: Any = self._adam.init(parameters)
+        return {"mu": state.mu, "nu": state.nu}
+
+    def update(
+        self, gradients: Tree, moments: Tree, parameters: Tree, update: jax.Array
+    ) -> tuple[Tree, Tree]:
+        """New parameters and new moments, `update` ([] int32) updates having been done."""
+        rate = learning_rate(self._config, self._num_steps, update)
+        changes, _ = self._clip.update(gradients, optax.EmptyState())
+        state: Any = optax.ScaleByAdamState(count=update, **moments)
+        changes, state = self._adam.update(changes, state)
+        changes, _ = self._decay.update(changes, self._decay.init(parameters), parameters)
+        changes = jax.tree.map(lambda change: -rate * change, changes)
+        return optax.apply_updates(parameters, changes), {"mu": state.mu, "nu": state.nu}

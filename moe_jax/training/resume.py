@@ -1,0 +1,94 @@
+"""What a checkpoint says of its run, and whether this run may go on from it."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax.config import Config, UserError, to_dict
+
+FORMAT = 1
+# The batches, the model and the state's names depend on these; anything else may change.
+FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_per_step")
+# Of those, what changes nothing. The corpus itself is compared by its fingerprint.
+FREE = ("config.data.source", "config.data.prefetch", "config.data.skip_invalid")
+
+
+def describe(config: Config, fingerprint: str, data_state: dict[str, Any]) -> dict[str, Any]:
+    """The document that is saved beside the state; every process must call this.
+
+    Args:
+      fingerprint: of the corpus.
+      data_state: of this process's loader.
+    """
+    return {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "corpus": fingerprint,
+        "data": {
+            "step": data_state["step"],
+            "streams": _merge_over_processes(data_state["streams"]),
+        },
+    }
+
+
+def _merge_over_processes(streams: dict[str, Any]) -> dict[str, Any]:
+    """The streams of all processes."""
+    if jax.process_count() == 1:
+        return streams
+    text = np.frombuffer(json.dumps(streams).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+    merged: dict[str, Any] = {}
+    for row in multihost_utils.process_allgather(padded):
+        merged |= json.loads(np.asarray(row, np.uint8).tobytes())
+    return merged
+
+
+def check(document: dict[str, Any], config: Config, fingerprint: str, place: str) -> list[str]:
+    """Whether `config` may go on from the checkpoint at `place`.
+
+    Returns:
+      The fields that differ and may: "config.optimizer.peak_lr: 0.002 -> 0.001".
+    Raises:
+      ValueError: of another format, another corpus, or with other values in fields that may not
+        change.
+    """
+    if document["format"] != FORMAT:
+        raise UserError(
+            f"{place} has format {document['format']}, this version reads {FORMAT}; give another "
+            "--workdir"
+        )
+    before, now = _flat(document["config"]), _flat(to_dict(config))
+    differing = {
+        name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    fatal = [
+        text for name, text in differing.items() if name.startswith(FIXED) and name not in FREE
+    ]
+    if fatal:
+        raise UserError(
+            f"{place} was written under another configuration ({'; '.join(fatal)}); set these back "
+            "or give another --workdir"
+        )
+    if document["corpus"] != fingerprint:
+        raise UserError(
+            f"{place} was trained on another corpus (fingerprint {document['corpus'][:12]}, "
+            f"config.data.source={config.data.source!r} now has {fingerprint[:12]}; the standard "
+            "library differs between Python versions); go on with the same or give another "
+            "--workdir"
+        )
+    return list(differing.values())
+
+
+def _flat(value: Any, path: str = "config") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{path}.{key}")
+    return flat

@@ -1,0 +1,68 @@
+"""How long things take, and the compiled step whose shape changes with the curriculum."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+class Clock:
+    """Training speed between two looks at it, without what `paused` and compilation take."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._since: float | None = None
+        self._step: int | None = None
+
+    def start(self, step: int) -> None:
+        """Counts from here, where `step` steps are done."""
+        self._since, self._step = time.perf_counter(), step
+
+    def tokens_per_second(self, step: int) -> float:
+        """Since the last call or `start`; what is waited for must be done."""
+        assert self._since is not None and self._step is not None
+        now = time.perf_counter()
+        speed = (step - self._step) * self._tokens_per_step / (now - self._since)
+        self.start(step)
+        return speed
+
+    @contextlib.contextmanager
+    def paused(self, state: Any) -> Iterator[None]:
+        """Waits for the steps that are under way, then counts nothing until the end."""
+        assert self._since is not None
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+
+class CompiledByShape:
+    """A step (state, batch) -> (state, metrics), compiled once for each shape of batch.
+
+    The state is donated.
+    """
+
+    def __init__(self, step: Callable):
+        self._step = jax.jit(step, donate_argnums=0)
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self.seconds = 0.0  # that the last compilation took
+
+    def compile(self, state: Any, batch: dict[str, jax.Array]) -> bool:
+        """Whether this shape was new."""
+        shape = batch["tokens"].shape
+        if shape in self._compiled:
+            return False
+        begin = time.perf_counter()
+        self._compiled[shape] = self._step.lower(state, batch).compile()
+        self.seconds = time.perf_counter() - begin
+        return True
+
+    def __call__(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        return self._compiled[batch["tokens"].shape](state, batch)
+
+    def bytes_per_device(self, batch: dict[str, jax.Array]) -> int:
+        """Memory that a step takes on one device: its arguments, and what it needs besides."""
+        memory = self._compiled[batch["tokens"].shape].memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes

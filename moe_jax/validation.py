@@ -1,0 +1,232 @@
+"""Every check of a config: what cannot run is refused in one sentence, before JAX is touched."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import DTYPES, MESH_AXES, Config, PrecisionConfig, UserError, build, field_names
+
+
+def parse(raw: ConfigDict | Mapping[str, Any]) -> Config:
+    """The frozen form of a config file's result, checked.
+
+    Raises:
+      ValueError: a field that does not exist, a value of the wrong type, or a combination that
+        cannot run; the sentence names the fields and their values.
+    """
+    if isinstance(raw, ConfigDict):
+        raw = raw.to_dict()
+    config = build(Config, raw)
+    _check(config)
+    return config
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+def _divides(config: Config, small: str, large: str, why: str) -> None:
+    """Requires that the field `small` divides the field `large`."""
+    a, b = _value(config, small), _value(config, large)
+    _require(b % a == 0, f"config.{large}={b} must be a multiple of config.{small}={a}: {why}")
+
+
+def _at_least(config: Config, bound: float, *fields: str) -> None:
+    for field in fields:
+        value = _value(config, field)
+        if value is not None:
+            _require(value >= bound, f"config.{field}={value} must be at least {bound}")
+
+
+def _at_most(config: Config, small: str, large: str) -> None:
+    a, b = _value(config, small), _value(config, large)
+    _require(a <= b, f"config.{small}={a} must not exceed config.{large}={b}")
+
+
+def _value(config: Config, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check(config: Config) -> None:
+    """What can be known without devices; `check_mesh` has the rest."""
+    _check_mesh_fields(config)
+    _check_model(config)
+    _check_data(config)
+    _check_run(config)
+
+
+def _check_mesh_fields(config: Config) -> None:
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        _require(
+            size >= 1 or size == -1,
+            f"config.mesh.{axis}={size} must be at least 1, or -1 for the devices that are left",
+        )
+    free = [f"config.mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    _require(len(free) <= 1, f"only one mesh axis may be -1, but {' and '.join(free)} are")
+    for axis in ("tensor", "context", "pipeline"):
+        _require(
+            sizes[axis] == 1,
+            f"config.mesh.{axis}={sizes[axis]} is not implemented yet and must be 1; use data, "
+            "fsdp, expert_outer and expert",
+        )
+    _at_least(config, 1, "mesh.num_cpu_devices")
+
+
+def _check_model(config: Config) -> None:
+    _at_least(
+        config,
+        1,
+        *("model.vocab_size", "model.hidden_size", "model.num_hidden_layers"),
+        *("model.intermediate_size", "model.max_position_embeddings"),
+        *(f"model.attention.{n}" for n in field_names("config.model.attention")),
+        *("model.moe.num_experts", "model.moe.num_experts_per_tok", "model.moe.intermediate_size"),
+        *("model.moe.num_expert_groups", "model.moe.num_limited_groups", "model.moe.buffer_factor"),
+    )
+    _at_least(
+        config,
+        0,
+        *("model.first_k_dense_replace", "model.rms_norm_eps", "model.initializer_range"),
+        *("model.moe.num_shared_experts", "model.moe.routed_scaling_factor"),
+        *("model.moe.bias_update_speed", "model.moe.sequence_loss_weight"),
+    )
+    _at_most(config, "model.first_k_dense_replace", "model.num_hidden_layers")
+    rope = config.model.attention.qk_rope_head_dim
+    _require(
+        rope % 2 == 0,
+        f"config.model.attention.qk_rope_head_dim={rope} must be even: rotary dims go in pairs",
+    )
+    moe = config.model.moe
+    _at_most(config, "model.moe.num_experts_per_tok", "model.moe.num_experts")
+    _divides(config, "model.moe.num_expert_groups", "model.moe.num_experts", "groups are equal")
+    _at_most(config, "model.moe.num_limited_groups", "model.moe.num_expert_groups")
+    reachable = moe.num_limited_groups * moe.num_experts // moe.num_expert_groups
+    _require(
+        moe.num_experts_per_tok <= reachable,
+        f"config.model.moe.num_experts_per_tok={moe.num_experts_per_tok} exceeds the {reachable} "
+        f"experts of config.model.moe.num_limited_groups={moe.num_limited_groups} groups",
+    )
+    for field in dataclasses.fields(PrecisionConfig):
+        value = getattr(config.precision, field.name)
+        _require(
+            value in DTYPES,
+            f"config.precision.{field.name}={value!r} must be one of {', '.join(DTYPES)}",
+        )
+
+
+def _check_data(config: Config) -> None:
+    _at_least(config, 1, "training.tokens_per_step", "training.micro_batches")
+    _at_least(config, 1, "data.num_streams", "data.packing_bins")
+    _at_least(config, 0, "data.holdout_every", "data.prefetch")
+    _require(
+        config.data.holdout_every != 1,
+        "config.data.holdout_every=1 would hold out every document; 0 holds out none",
+    )
+    stages, tokens = config.data.stages, config.training.tokens_per_step
+    for i, stage in enumerate(stages):
+        place, length = f"config.data.stages[{i}]", stage.sequence_length
+        _require(length >= 1, f"{place}.sequence_length={length} must be at least 1")
+        _require(
+            length <= config.model.max_position_embeddings,
+            f"{place}.sequence_length={length} exceeds config.model.max_position_embeddings="
+            f"{config.model.max_position_embeddings}",
+        )
+        _require(
+            tokens % length == 0,
+            f"config.training.tokens_per_step={tokens} must be a multiple of "
+            f"{place}.sequence_length={length}",
+        )
+        rows = tokens // length
+        for field in ("data.num_streams", "training.micro_batches"):
+            _require(
+                rows % _value(config, field) == 0,
+                f"the {rows} rows of {place} ({tokens} tokens / {length}) must be a multiple of "
+                f"config.{field}={_value(config, field)}",
+            )
+        is_last = i == len(stages) - 1
+        if is_last:
+            _require(
+                stage.tokens is None,
+                f"{place}.tokens={stage.tokens} must be None: the last stage lasts to the end",
+            )
+        else:
+            _require(
+                stage.tokens is not None and stage.tokens >= 1,
+                f"{place}.tokens={stage.tokens} must be at least 1: another stage follows",
+            )
+
+
+def _check_run(config: Config) -> None:
+    _at_least(config, 1, "training.num_steps", "training.stop_after_step")
+    _at_least(config, 1, "training.log_every_steps", "training.eval_every_steps")
+    _at_least(config, 0, "training.eval_batches", "training.sample_tokens")
+    _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep")
+    _at_least(config, 0, "seed")
+    if config.training.stop_after_step is not None:
+        _at_most(config, "training.stop_after_step", "training.num_steps")
+    policies = ("none", "full")
+    _require(
+        config.training.rematerialization in policies,
+        f"config.training.rematerialization={config.training.rematerialization!r} must be one of "
+        f"{', '.join(policies)}",
+    )
+    _at_least(
+        config,
+        0,
+        *("optimizer.peak_lr", "optimizer.final_lr", "optimizer.warmup_steps"),
+        *("optimizer.weight_decay", "optimizer.eps"),
+    )
+    _at_most(config, "optimizer.final_lr", "optimizer.peak_lr")
+    _at_most(config, "optimizer.warmup_steps", "training.num_steps")
+    clip = config.optimizer.clip_norm
+    _require(clip > 0, f"config.optimizer.clip_norm={clip} must be above 0")
+    for name in ("b1", "b2", "ema_decay"):
+        value = getattr(config.optimizer, name)
+        _require(0 <= value < 1, f"config.optimizer.{name}={value} must be in [0, 1)")
+    profile_steps(config)
+
+
+def profile_steps(config: Config) -> range:
+    """The steps of `config.profile.steps`; none if it is empty."""
+    text = config.profile.steps
+    if not text:
+        return range(0)
+    first, colon, last = text.partition(":")
+    valid = bool(colon) and first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)
+    _require(
+        valid, f"config.profile.steps={text!r} must be two steps with a colon between, as in 10:13"
+    )
+    return range(int(first), int(last))
+
+
+def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
+    """What needs the sizes of the mesh axes.
+
+    Raises:
+      ValueError: experts or rows do not divide over the mesh.
+    """
+    experts, shards = config.model.moe.num_experts, sizes["expert_outer"] * sizes["expert"]
+    _require(
+        experts % shards == 0,
+        f"config.model.moe.num_experts={experts} must be a multiple of the {shards} devices of "
+        f"config.mesh.expert_outer={sizes['expert_outer']} times config.mesh.expert="
+        f"{sizes['expert']}",
+    )
+    batch = sizes["data"] * sizes["fsdp"] * shards
+    for i, stage in enumerate(config.data.stages):
+        rows = config.training.tokens_per_step // stage.sequence_length
+        micro = rows // config.training.micro_batches
+        _require(
+            micro % batch == 0,
+            f"the {micro} rows of a micro-batch in config.data.stages[{i}] "
+            f"(config.training.tokens_per_step={config.training.tokens_per_step} / sequence_length="
+            f"{stage.sequence_length} / config.training.micro_batches="
+            f"{config.training.micro_batches}) must be a multiple of the {batch} devices that the "
+            "batch is split over (data * fsdp * expert_outer * expert)",
+        )

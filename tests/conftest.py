@@ -1,0 +1,19 @@
+"""What every test runs on: eight emulated CPU devices, and a cache of compiled programs.
+
+The cache is set through the environment, so that the programs that tests start use it as well.
+"""
+
+import os
+from pathlib import Path
+
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_jax" / "tests"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+# Compiling is most of the suite's time: store every program, however small or quick to compile.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402  JAX reads the environment when it is imported
+
+jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,189 @@
+"""The gate, its balance loss and its bias, against loops over tokens."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MoEConfig
+from moe_jax.ops import routing
+
+TOKENS = 64
+
+
+def _config(**changes) -> MoEConfig:
+    fields = dict(
+        num_experts=12,
+        num_experts_per_tok=3,
+        num_expert_groups=4,
+        num_limited_groups=2,
+        routed_scaling_factor=2.5,
+    )
+    return MoEConfig(**(fields | changes))
+
+
+def _scores(seed: int, tokens: int = TOKENS, experts: int = 12) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(tokens, experts))
+    return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+def _chosen(scores: np.ndarray, bias: np.ndarray, config: MoEConfig) -> list[int]:
+    """The experts of one token, best first: equation 14 among the best groups."""
+    groups, size = config.num_expert_groups, config.num_experts // config.num_expert_groups
+    biased = {i: float(np.float32(scores[i]) + np.float32(bias[i])) for i in range(len(scores))}
+    members = [range(g * size, (g + 1) * size) for g in range(groups)]
+    group_score = [sum(sorted((biased[i] for i in m), reverse=True)[:2]) for m in members]
+    kept = sorted(range(groups), key=lambda g: -group_score[g])[: config.num_limited_groups]
+    candidates = [i for g in kept for i in members[g]]
+    return sorted(candidates, key=lambda i: -biased[i])[: config.num_experts_per_tok]
+
+
+BIASES = {
+    "zero": np.zeros(12),
+    "mixed": np.random.default_rng(7).normal(scale=0.3, size=12),
+    "negative": np.random.default_rng(8).uniform(-2.5, -1.2, size=12),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_expert_groups": 1, "num_limited_groups": 1},
+        {"num_limited_groups": 4},
+        {"num_limited_groups": 1},
+        {"num_expert_groups": 12, "num_limited_groups": 5},  # groups of one expert
+        {"norm_topk_prob": False},
+        {"num_experts_per_tok": 1, "routed_scaling_factor": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias_name", BIASES)
+def test_route_equals_a_loop_over_tokens(changes: dict, bias_name: str) -> None:
+    config, bias, scores = _config(**changes), BIASES[bias_name].astype(np.float32), _scores(0)
+    result = routing.route(scores, bias, config)
+    chex.assert_shape(result, (TOKENS, config.num_experts_per_tok))
+    chex.assert_type([result.expert_ids_TK, result.weights_TK], [jnp.int32, jnp.float32])
+    for t in range(TOKENS):
+        expected = _chosen(scores[t], bias, config)
+        assert result.expert_ids_TK[t].tolist() == expected
+        weights = scores[t, expected].astype(np.float64)
+        if config.norm_topk_prob:
+            weights = weights / weights.sum()
+        weights = weights * config.routed_scaling_factor
+        chex.assert_trees_all_close(result.weights_TK[t], weights, rtol=1e-6)
+
+
+def test_an_expert_of_a_lost_group_never_wins() -> None:
+    """All biased scores are negative: masking lost groups with 0 would choose among those."""
+    config = _config(num_limited_groups=1, num_experts_per_tok=2)
+    result = routing.route(_scores(1), BIASES["negative"].astype(np.float32), config)
+    groups = result.expert_ids_TK // 3
+    chex.assert_trees_all_equal(groups[:, 0], groups[:, 1])
+    # Group 1 has the best two, group 2 the single best: the sum of two decides.
+    scores = jnp.array([[0.1, 0.1, 0.1, 0.6, 0.6, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1]])
+    result = routing.route(scores, jnp.zeros(12), config)
+    assert sorted(result.expert_ids_TK[0].tolist()) == [3, 4]
+
+
+def test_bias_steers_the_choice_only() -> None:
+    scores, config = _scores(2), _config(num_expert_groups=1, num_limited_groups=1)
+    bias = np.zeros(12, np.float32)
+    bias[5] = 10
+    result = routing.route(scores, bias, config)
+    chex.assert_trees_all_equal(result.expert_ids_TK[:, 0], jnp.full(TOKENS, 5))
+    kept = np.take_along_axis(scores, np.asarray(result.expert_ids_TK), axis=1)
+    chex.assert_trees_all_close(
+        result.weights_TK, 2.5 * kept / kept.sum(1, keepdims=True), rtol=1e-6
+    )
+    gradient = jax.grad(lambda b: jnp.sum(routing.route(scores, b, config).weights_TK**2))(bias)
+    chex.assert_trees_all_equal(gradient, np.zeros(12))
+
+
+def test_scores_get_the_gradient_of_the_weights() -> None:
+    scores, config = _scores(3, tokens=2), _config()
+    direction = np.random.default_rng(4).normal(size=(2, 3))
+    gradient = jax.grad(
+        lambda s: jnp.sum(routing.route(s, jnp.zeros(12), config).weights_TK * direction)
+    )(scores)
+    for t in range(2):
+        ids = _chosen(scores[t], np.zeros(12), config)
+        chosen = scores[t, ids].astype(np.float64)
+        expected = np.zeros(12)
+        # d/ds_j of factor * s_k / sum s
+        for j in range(3):
+            for k in range(3):
+                slope = (float(j == k) * chosen.sum() - chosen[k]) / chosen.sum() ** 2
+                expected[ids[j]] += direction[t, k] * 2.5 * slope
+        chex.assert_trees_all_close(gradient[t], expected, atol=1e-5)
+
+
+def _balance(scores: np.ndarray, valid: np.ndarray, top_k: int) -> float:
+    """Equations 17 to 20 for one sequence."""
+    experts, tokens = scores.shape[1], [t for t in range(len(scores)) if valid[t]]
+    total = 0.0
+    for i in range(experts):
+        f = p = 0.0
+        for t in tokens:
+            best = sorted(range(experts), key=lambda j: -scores[t, j])[:top_k]
+            f += experts / (top_k * len(tokens)) * (i in best)
+            p += float(scores[t, i]) / float(scores[t].astype(np.float64).sum()) / len(tokens)
+        total += f * p
+    return total
+
+
+def test_sequence_balance_equals_the_equations() -> None:
+    scores = _scores(5, tokens=4 * 9, experts=8).reshape(4, 9, 8)
+    valid = np.ones((4, 9), bool)
+    valid[1, 6:] = valid[2, :] = False
+    valid[3, ::2] = False
+    result = routing.sequence_balance(scores, valid, 3)
+    chex.assert_shape(result, (4,))
+    for s in range(4):
+        chex.assert_trees_all_close(result[s], _balance(scores[s], valid[s], 3), rtol=1e-5)
+    assert result[2] == 0
+    gradient = jax.grad(lambda x: jnp.sum(routing.sequence_balance(x, valid, 3)))(scores)
+    chex.assert_tree_all_finite(gradient)
+    chex.assert_trees_all_equal(gradient[~valid], np.zeros(gradient[~valid].shape))
+    assert jnp.all(jnp.any(gradient[valid] != 0, axis=-1))
+
+
+def test_sequence_balance_gradient_is_that_of_the_mean_scores() -> None:
+    """The choice is constant: a step changes P_i, not f_i."""
+    scores = _scores(6, tokens=5, experts=6)
+    step = np.random.default_rng(0).normal(size=scores.shape)
+    derivative = jax.jvp(
+        lambda x: routing.sequence_balance(x, jnp.ones((1, 5), bool), 2)[0],
+        (scores[None],),
+        (step[None].astype(np.float32),),
+    )[1]
+    ends = [_balance(scores + h * step, np.ones(5, bool), 2) for h in (1e-5, -1e-5)]
+    chex.assert_trees_all_close(derivative, (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
+
+
+def test_sequence_balance_is_one_at_perfect_balance_and_larger_beyond() -> None:
+    even = np.full((4, 4), 0.2, np.float32) + 0.6 * np.eye(4, dtype=np.float32)
+    result = routing.sequence_balance(even[None], jnp.ones((1, 4), bool), 1)
+    chex.assert_trees_all_close(result, np.ones(1), rtol=1e-6)
+    skewed = np.tile(even[:1], (4, 1))
+    assert routing.sequence_balance(skewed[None], jnp.ones((1, 4), bool), 1)[0] > 1.5
+
+
+def test_expert_load_counts_ids_in_range() -> None:
+    ids = jnp.array([[0, 3], [3, 1], [4, 4], [-1, 3]])
+    load = routing.expert_load(ids, 4)
+    chex.assert_trees_all_equal(load, jnp.array([1, 1, 0, 3], jnp.int32))
+
+
+def test_max_violation() -> None:
+    load = jnp.array([[4, 4, 4, 4], [0, 16, 0, 0], [1, 2, 3, 6], [0, 0, 0, 0]], jnp.int32)
+    chex.assert_trees_all_close(routing.max_violation(load), np.array([0.0, 3.0, 1.0, 0.0]))
+
+
+def test_update_bias_moves_towards_balance_by_its_speed() -> None:
+    bias = jnp.array([[0.5, -0.5, 0.0], [1.0, 1.0, 1.0]])
+    load = jnp.array([[0, 3, 9], [4, 4, 4]], jnp.int32)
+    expected = np.array([[0.51, -0.49, -0.01], [1.0, 1.0, 1.0]])
+    # The mean is 4: one expert is over-loaded, and equal loads move nothing.
+    chex.assert_trees_all_close(routing.update_bias(bias, load, 0.01), expected, rtol=1e-6)
