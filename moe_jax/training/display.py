@@ -4,6 +4,7 @@ Where the output is not a terminal (a log file, a pipe) there are only the kept 
 """
 
 import sys
+from collections.abc import Iterable
 
 from rich.live import Live
 from rich.text import Text
@@ -31,6 +32,10 @@ class Display:
             self._live.console.print(text, soft_wrap=True, markup=False, highlight=False)
         elif self._enabled:
             print(text, flush=True)
+
+    def lines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.line(text)
 
     def progress(
         self,

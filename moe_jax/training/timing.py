@@ -1,8 +1,9 @@
-"""How long things take, and the compiled step whose shape changes with the curriculum."""
+"""How long things take, a trace of them, and the step compiled for each shape of batch."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,3 +67,26 @@ class CompiledByShape:
         """Memory that a step takes on one device: its arguments, and what it needs besides."""
         memory = self._compiled[batch["tokens"].shape].memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+class Trace:
+    """A profiler trace of a range of steps."""
+
+    def __init__(self, steps: range, directory: Path):
+        self._steps, self._directory = steps, directory
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if step in self._steps and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._running and step + 1 not in self._steps:
+            jax.block_until_ready(state)
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

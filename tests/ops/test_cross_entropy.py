@@ -26,9 +26,7 @@ def _softmax(row: np.ndarray) -> np.ndarray:
 
 def test_value() -> None:
     logits, targets, weights = _inputs()
-    expected = -sum(
-        weights[i] * np.log(_softmax(logits[i])[targets[i]]) for i in np.ndindex(3, 4)
-    )
+    expected = -sum(weights[i] * np.log(_softmax(logits[i])[targets[i]]) for i in np.ndindex(3, 4))
     result = cross_entropy(logits, targets, weights)
     chex.assert_shape(result, ())
     chex.assert_trees_all_close(result, expected, rtol=1e-6)
@@ -50,7 +48,9 @@ def test_weight_zero_hides_the_target_and_the_logits() -> None:
     chex.assert_trees_all_equal(
         cross_entropy(changed, others, weights), cross_entropy(logits, targets, weights)
     )
-    chex.assert_trees_all_equal(jax.grad(cross_entropy)(changed, others, weights)[2], np.zeros((4, VOCAB)))
+    chex.assert_trees_all_equal(
+        jax.grad(cross_entropy)(changed, others, weights)[2], np.zeros((4, VOCAB))
+    )
 
 
 def test_large_logits() -> None:

@@ -97,7 +97,7 @@ def test_bias_steers_the_choice_only() -> None:
     chex.assert_trees_all_close(
         result.weights_TK, 2.5 * kept / kept.sum(1, keepdims=True), rtol=1e-6
     )
-    gradient = jax.grad(lambda b: jnp.sum(routing.route(scores, b, config).weights_TK**2))(bias)
+    gradient = jax.grad(lambda b: jnp.sum(routing.route(scores, b, config).weights_TK ** 2))(bias)
     chex.assert_trees_all_equal(gradient, np.zeros(12))
 
 

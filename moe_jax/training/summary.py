@@ -1,0 +1,65 @@
+"""What a person is told before and after training, as lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from moe_jax.config import Config
+from moe_jax.data.corpus import Corpus, Span
+from moe_jax.training.display import format_bytes, format_count, format_duration
+
+
+def machine(mesh: jax.sharding.Mesh, peak: float, peak_source: str) -> list[str]:
+    devices = mesh.devices.flat
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return [
+        f"devices     {mesh.size} x {devices[0].device_kind}; mesh {sizes or 'of one'}",
+        f"peak        {peak / 1e12:.3g} TFLOP/s ({peak_source})",
+    ]
+
+
+def model(total: int, active: int) -> str:
+    return f"parameters  {format_count(total)} in total, {format_count(active)} per token"
+
+
+def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
+    tokens = sum(span.stop - span.start for span in spans)
+    longest = max(stage.sequence_length for stage in config.data.stages)
+    cut = sum(span.stop - span.start > longest for span in spans)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items())
+    training = config.training
+    return [
+        f"data        {config.data.source}: {len(corpus)} documents"
+        + (f" (skipped: {skipped})" if skipped else ""),
+        f"            {format_count(tokens)} tokens to train on, {cut} documents longer than a row",
+        f"batch       {format_count(training.tokens_per_step)} tokens a step, "
+        f"{training.num_steps} steps, "
+        f"{training.num_steps * training.tokens_per_step / tokens:.2f} epochs",
+    ]
+
+
+def compiled(rows: int, length: int, seconds: float, bytes_per_device: int) -> str:
+    return (
+        f"compiled    {rows} rows of {length} tokens in {format_duration(seconds)}, "
+        f"{format_bytes(bytes_per_device)} per device"
+    )
+
+
+def step(number: int, loss: float, speed: float, mfu: float, seconds_left: float) -> str:
+    return (
+        f"step {number:>6}  loss {loss:.4f}  {format_count(speed):>6} tokens/s  "
+        f"MFU {mfu:5.1%}  {format_duration(seconds_left)} left"
+    )
+
+
+def ending(config: Config, workdir: Path) -> list[str]:
+    lines = [f"written     {workdir}: checkpoints, metrics.jsonl, tensorboard, config.json"]
+    stop = config.training.stop_after_step
+    if stop is not None and stop < config.training.num_steps:
+        lines.append("stopped     the same command without stop_after_step goes on from here")
+    return lines
+
+
+def sample(text: str) -> str:
+    return "sample      " + text.replace("\n", "\n            ")
