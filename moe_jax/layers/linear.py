@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
+from moe_jax.ops.weight_product import weight_product
 
 
 def parameter(
@@ -46,15 +47,8 @@ class Linear(nnx.Module):
         self.weight = parameter(rngs, (*in_dims, *out_dims), logical_axes, std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The cast comes before the gather, so that only the narrow form travels.
-        weight = sharding.gather(self.weight[...].astype(self.dtype))
-        n = self.num_in_dims
-        summed = tuple(range(x.ndim - n, x.ndim))
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            weight,
-            ((summed, tuple(range(n))), ((), ())),
-            preferred_element_type=self.output_dtype,
+        return weight_product(
+            x.astype(self.dtype), self.weight[...], self.num_in_dims, self.dtype, self.output_dtype
         )
 
 
@@ -79,6 +73,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, (vocab_size, dim), (None, "embed"), std)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = sharding.gather(self.weight[...].astype(self.dtype))
+        # The cast comes last: the gradient adds up over a token's many occurrences, in float32.
+        table = sharding.gather(self.weight[...])
         spec = jax.typeof(tokens).sharding.spec
-        return table.at[tokens].get(out_sharding=sharding.P(*spec, None))
+        return table.at[tokens].get(out_sharding=sharding.P(*spec, None)).astype(self.dtype)

@@ -75,7 +75,7 @@ class MoE(nnx.Module):
             with jax.named_scope("gather_experts"):
                 router_weight = sharding.gather_over(router_weight, router_spec)
                 experts = jax.tree.map(
-                    lambda w, spec: _whole(w.astype(self.dtype), spec), experts, expert_specs
+                    lambda w, spec: _whole(w, spec, self.dtype), experts, expert_specs
                 )
             return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts)
 
@@ -134,12 +134,25 @@ class MoE(nnx.Module):
         return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype), stats
 
 
-def _whole(shard: jax.Array, spec: P) -> jax.Array:
+def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     """An expert weight's shard, whole in all dims but experts, and varying over the batch's axes.
 
-    It is made varying here, once, so that its gradient is reduced once and not in every round.
+    It is made varying here, once, so that its gradient is reduced once and not in every round. The
+    narrow form travels; the gradient is reduced in float32.
     """
-    shard = sharding.gather_over(shard, spec, keep=1)
-    varying = jax.typeof(shard).manual_axis_type.varying
-    missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
-    return jax.lax.pcast(shard, missing, to="varying") if missing else shard
+
+    def gather(shard):
+        shard = sharding.gather_over(shard, spec, keep=1)
+        varying = jax.typeof(shard).manual_axis_type.varying
+        missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
+        return jax.lax.pcast(shard, missing, to="varying") if missing else shard
+
+    @jax.custom_vjp
+    def gather_narrow(shard):
+        return gather(shard.astype(dtype))
+
+    def backward(shard, gradient):
+        return jax.vjp(gather, shard)[1](gradient.astype(jnp.float32))
+
+    gather_narrow.defvjp(lambda shard: (gather_narrow(shard), shard), backward)
+    return gather_narrow(shard)

@@ -208,9 +208,12 @@ def apply_experts(
                 weights,
                 experts,
             )
-            return pull_back(dy)
+            # Rounds add up in float32.
+            return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), pull_back(dy))
 
-        return *sum_rounds(gradients, plan), None
+        total = sum_rounds(gradients, plan)
+        inputs = (x, weights, experts)
+        return *jax.tree.map(lambda g, like: g.astype(like.dtype), total, inputs), None
 
     apply.defvjp(forward, backward)
     return apply(x_TD, weights_TK, experts, plan)

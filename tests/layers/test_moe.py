@@ -1,6 +1,7 @@
 """The layer of routed and shared experts, against a dense loop over tokens."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -37,6 +38,10 @@ X = np.random.default_rng(0).normal(size=(BATCH, LENGTH, DIM)).astype(np.float32
 BIAS = np.random.default_rng(1).normal(scale=0.3, size=8).astype(np.float32) - 0.6
 
 
+# Compiling is most of the time of these tests, so it is kept cheap.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def _run(
     sizes: dict[str, int],
     config: ModelConfig = CONFIG,
@@ -61,7 +66,7 @@ def _run(
         dtype = jnp.dtype(precision.compute_dtype)
         rows = jax.NamedSharding(mesh, sharding.BATCH)
         x, placed_valid = jax.device_put((X.astype(dtype), valid), rows)
-        run = jax.jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid))
+        run = _jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid))
         y, stats = run(state, x, placed_valid)
         assert y.dtype == dtype
         weights = jax.tree.map(np.asarray, state)

@@ -32,6 +32,10 @@ MESHES = [
 ]
 
 
+# Compiling is most of the time of these tests, so it is kept cheap.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def _one_to(expert: int) -> np.ndarray:
     ids = np.full((TOKENS, TOP_K), NOWHERE)
     ids[:, 0] = expert
@@ -119,7 +123,7 @@ def _compiled(mesh_items: tuple, capacity: int, experts: int, dtype: str = "floa
         gradients, (y, rounds) = jax.grad(loss, has_aux=True)(inputs)
         return y, rounds, gradients
 
-    compiled = jax.jit(forward_and_gradients)
+    compiled = _jit(forward_and_gradients)
 
     def run(inputs, ids, direction):
         with jax.set_mesh(mesh):
@@ -142,7 +146,7 @@ def _compiled_reference():
         gradients, y = jax.grad(loss, has_aux=True)(inputs)
         return y, gradients
 
-    return jax.jit(forward_and_gradients)
+    return _jit(forward_and_gradients)
 
 
 def _by_loops(inputs: Inputs, ids: np.ndarray) -> np.ndarray:
@@ -246,7 +250,7 @@ def test_plan_ranks_in_token_order() -> None:
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         make = functools.partial(dispatch.make_plan, num_experts=4, capacity=3, axes=BATCH_AXES)
-        plan = jax.jit(
+        plan = _jit(
             jax.shard_map(make, in_specs=BATCH, out_specs=dispatch.Plan(BATCH, BATCH, P()))
         )(jax.device_put(ids, jax.NamedSharding(mesh, BATCH)))
     seen: dict[int, int] = {}
