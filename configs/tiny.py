@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     moe.intermediate_size = 64
     # A short run must balance in tens of steps, not in the thousands that V3 has for it.
     moe.bias_update_speed = 0.01
-    # Four sequences a device are never balanced: small buffers and more rounds waste less.
-    moe.buffer_factor = 1.0
+    # The few sequences of one device are never balanced.
+    moe.buffer_factor = 2.0
 
     config.training.num_steps = 240
     config.training.tokens_per_step = 4096

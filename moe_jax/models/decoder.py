@@ -12,6 +12,13 @@ from moe_jax.layers.linear import Embedding, Linear, RMSNorm
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.layers.moe import MoE, RouterBias, RoutingStats
 from moe_jax.ops.rope import Rotary, rotary_angles
+from moe_jax.ops.weight_product import WHOLE_WEIGHT
+
+# What a layer keeps for its backward pass besides its input, by name.
+REMATERIALIZATION = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(WHOLE_WEIGHT),
+}
 
 
 class Context(NamedTuple):
@@ -149,9 +156,8 @@ class Decoder(nnx.Module):
         def layer(x, variables):
             return nnx.merge(graphdef, variables)(x, context)
 
-        if self.rematerialization == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        return jax.lax.scan(layer, x, stacked)
+        policy = REMATERIALIZATION[self.rematerialization]
+        return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=policy), x, stacked)
 
 
 def _stack(

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
+
+# The name under which rematerialisation knows a gathered weight. No policy should keep it: whole
+# weights of all layers would stand in memory at once.
+WHOLE_WEIGHT = "whole_weight"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -19,9 +24,8 @@ def weight_product(
 ) -> jax.Array:
     """x times the whole weight: [..., *in_dims] and [*in_dims, *out_dims] to [..., *out_dims].
 
-    Operands are `dtype`; only that narrow form of the weight travels, in the forward pass and again
-    in the backward pass. The weight's gradient is summed in float32, over the devices as well, and
-    comes out split as the weight is.
+    Operands are `dtype`, and only that narrow form of the weight travels. The weight's gradient is
+    summed in float32, over the devices as well, and comes out split as the weight is.
 
     Args:
       x: [..., *in_dims] `dtype`, rows split over the batch's mesh axes.
@@ -34,28 +38,17 @@ def weight_product(
 
 
 def _forward(x, weight, num_in_dims, dtype, output_dtype):
-    y = _dot(
-        x,
-        sharding.gather(weight.astype(dtype)),
-        range(x.ndim - num_in_dims, x.ndim),
-        range(num_in_dims),
-        output_dtype,
-    )
-    return y, (x, weight)
+    whole = checkpoint_name(sharding.gather(weight.astype(dtype)), WHOLE_WEIGHT)
+    y = _dot(x, whole, range(x.ndim - num_in_dims, x.ndim), range(num_in_dims), output_dtype)
+    return y, (x, whole, weight)
 
 
 def _backward(num_in_dims, dtype, output_dtype, kept, dy):
     del output_dtype
-    x, weight = kept
+    x, whole, weight = kept
     dy = dy.astype(dtype)
     num_rows = x.ndim - num_in_dims
-    dx = _dot(
-        dy,
-        sharding.gather(weight.astype(dtype)),
-        range(num_rows, dy.ndim),
-        range(num_in_dims, weight.ndim),
-        x.dtype,
-    )
+    dx = _dot(dy, whole, range(num_rows, dy.ndim), range(num_in_dims, weight.ndim), x.dtype)
     split = jax.typeof(weight).sharding
     dw = _dot(x, dy, range(num_rows), range(num_rows), jnp.float32, split)
     return dx, dw

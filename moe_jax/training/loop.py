@@ -155,12 +155,13 @@ def start(
 
 def abstract_state(init: Any, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of what `init` makes, without making it."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
-        ),
-        jax.eval_shape(init),
-    )
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A value that no axis splits has no sharding of its own here.
+        spec = x.sharding.spec if x.sharding else sharding.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(init))
 
 
 def global_batch(
