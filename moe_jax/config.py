@@ -137,7 +137,8 @@ class TrainingConfig:
     stop_after_step: int | None = None  # end cleanly there, saved; schedules follow num_steps
     tokens_per_step: int = 8192  # rows times length, padding counted
     micro_batches: int = 1  # gradient accumulation
-    rematerialization: str = "full"  # "full": a layer keeps its input alone; "none": all
+    # "full": a layer keeps its input alone. "none": all but gathered dense weights.
+    rematerialization: str = "full"
     log_every_steps: int = 10
     eval_every_steps: int = 100
     eval_batches: int = 4

@@ -5,14 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.linear import parameter
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.ops import dispatch, routing
-from moe_jax.ops.weight_product import WHOLE_WEIGHT
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
 
@@ -151,7 +149,7 @@ def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
 
     @jax.custom_vjp
     def gather_narrow(shard):
-        return checkpoint_name(gather(shard.astype(dtype)), WHOLE_WEIGHT)
+        return gather(shard.astype(dtype))
 
     def backward(shard, gradient):
         return jax.vjp(gather, shard)[1](gradient.astype(jnp.float32))

@@ -12,12 +12,17 @@ from moe_jax.layers.linear import Embedding, Linear, RMSNorm
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.layers.moe import MoE, RouterBias, RoutingStats
 from moe_jax.ops.rope import Rotary, rotary_angles
-from moe_jax.ops.weight_product import WHOLE_WEIGHT
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    # Kept, the whole dense weights of all layers would stand in memory at once.
+    return primitive.name not in ("reshard", "all_gather", "pvary")
+
 
 # What a layer keeps for its backward pass besides its input, by name.
 REMATERIALIZATION = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "none": jax.checkpoint_policies.save_anything_except_these_names(WHOLE_WEIGHT),
+    "none": _all_but_gathered,
 }
 
 

@@ -5,13 +5,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
-
-# The name under which rematerialisation knows a gathered weight. No policy should keep it: whole
-# weights of all layers would stand in memory at once.
-WHOLE_WEIGHT = "whole_weight"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -38,7 +33,7 @@ def weight_product(
 
 
 def _forward(x, weight, num_in_dims, dtype, output_dtype):
-    whole = checkpoint_name(sharding.gather(weight.astype(dtype)), WHOLE_WEIGHT)
+    whole = sharding.gather(weight.astype(dtype))
     y = _dot(x, whole, range(x.ndim - num_in_dims, x.ndim), range(num_in_dims), output_dtype)
     return y, (x, whole, weight)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,18 +113,23 @@ def _state() -> Any:
 
 
 @functools.cache
+def _layout(axes: tuple[tuple[str, int], ...]) -> Any:
+    """The sharding of each array of the state."""
+    with jax.set_mesh(_mesh(axes)):
+        return jax.tree.map(
+            # Scalars have no sharding here.
+            lambda x: jax.NamedSharding(_mesh(axes), x.sharding.spec if x.sharding else jax.P()),
+            jax.eval_shape(lambda: init_state(CONFIG)),
+        )
+
+
+@functools.cache
 def _step(axes: tuple[tuple[str, int], ...], micro_batches: int, rematerialization: str) -> Any:
     training = dataclasses.replace(
         CONFIG.training, micro_batches=micro_batches, rematerialization=rematerialization
     )
-    config = dataclasses.replace(CONFIG, training=training)
     with jax.set_mesh(_mesh(axes)):
-        layout = jax.tree.map(
-            # Scalars have no sharding here.
-            lambda x: jax.NamedSharding(_mesh(axes), x.sharding.spec if x.sharding else jax.P()),
-            jax.eval_shape(lambda: init_state(config)),
-        )
-        return jax.jit(make_train_step(config)), layout
+        return jax.jit(make_train_step(dataclasses.replace(CONFIG, training=training)))
 
 
 def _run(
@@ -142,9 +147,9 @@ def _run_on_devices(
     state: Any, batch: dict[str, np.ndarray], rematerialization: str = "none", **axes: int
 ) -> tuple[Any, Any, Any]:
     key = tuple(sorted(axes.items()))
-    step, layout = _step(key, len(batch["tokens"]), rematerialization)
+    step = _step(key, len(batch["tokens"]), rematerialization)
     with jax.set_mesh(_mesh(key)):
-        before = jax.device_put(state, layout)
+        before = jax.device_put(state, _layout(key))
         return before, *step(before, jax.device_put(batch, sharding.batch_sharding(_mesh(key))))
 
 
@@ -165,76 +170,66 @@ def _assert_close(actual: Any, expected: Any) -> None:
     jax.tree_util.tree_map_with_path(close, actual, expected)
 
 
-def _assert_same_step(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
-    (state, metrics), (wanted_state, wanted_metrics) = actual, expected
-    _assert_close(state, wanted_state)
-    for name, value in wanted_metrics.items():
+@pytest.mark.parametrize(
+    ("micro_batches", "rematerialization", "axes"),
+    [
+        (4, "full", {}),
+        (2, "none", {"fsdp": 2}),
+        (2, "none", {"data": 2, "expert": 2}),
+        (1, "full", {"fsdp": 2, "expert_outer": 2, "expert": 2}),
+    ],
+    ids=["4-micro-batches", "2-devices", "4-devices", "8-devices"],
+)
+def test_however_it_is_cut_and_spread_the_update_is_the_same(
+    micro_batches: int, rematerialization: str, axes: dict[str, int]
+) -> None:
+    state, metrics = _run(_state(), _batch(micro_batches), rematerialization, **axes)
+    expected_state, expected_metrics = _reference()
+    _assert_close(state, expected_state)
+    for name, value in expected_metrics.items():
         if name != "dispatch_rounds":  # buffers follow the tokens of a device
             assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "rematerialization"), [(2, "none"), (4, "full")], ids=["2", "4-full"]
-)
-def test_micro_batches_give_the_same_update(micro_batches: int, rematerialization: str) -> None:
-    actual = _run(_state(), _batch(micro_batches), rematerialization)
-    _assert_same_step(actual, _reference())
+class Whole(NamedTuple):
+    """Of the whole batch: plain calls of the model, and the step of evaluation."""
 
-
-@pytest.mark.parametrize(
-    ("axes", "micro_batches"),
-    [
-        ({"fsdp": 2}, 2),
-        ({"data": 2, "expert": 2}, 2),
-        ({"fsdp": 2, "expert_outer": 2, "expert": 2}, 1),
-    ],
-    ids=["2", "4", "8"],
-)
-def test_meshes_give_the_same_update(axes: dict[str, int], micro_batches: int) -> None:
-    actual = _run(_state(), _batch(micro_batches), "none", **axes)
-    _assert_same_step(actual, _reference())
-
-
-def _hidden_states(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
-    """Logits and routing statistics of one micro-batch by plain calls of the model."""
-
-    @jax.jit
-    def call(parameters, router_bias, batch):
-        model = nnx.merge(graph(CONFIG), parameters, router_bias)
-        hidden, stats = model.hidden_states(
-            batch["tokens"], batch["segment_ids"], batch["positions"]
-        )
-        return model.head(hidden), stats
-
-    state = _state()
-    with jax.set_mesh(_mesh(())):
-        arguments = (state["parameters"], state["router_bias"], jax.tree.map(lambda x: x[0], batch))
-        return jax.device_get(call(*jax.device_put(arguments)))
+    logits: np.ndarray
+    load_LE: np.ndarray
+    eval_loss: float
+    eval_weight: float
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[Any, Any]:
-    """Logits and statistics of the whole batch."""
-    return _hidden_states(_batch())
+def whole() -> Whole:
+    with jax.set_mesh(_mesh(())):
+        eval_step, graphdef = make_eval_step(CONFIG), graph(CONFIG)
+
+        @jax.jit
+        def call(state, batch):
+            model = nnx.merge(graphdef, state["parameters"], state["router_bias"])
+            hidden, stats = model.hidden_states(
+                *(batch[name][0] for name in ("tokens", "segment_ids", "positions"))
+            )
+            return model.head(hidden), stats.load_E, *eval_step(state, batch)
+
+        batch = jax.device_put(_batch(), sharding.batch_sharding(_mesh(())))
+        return Whole(*jax.device_get(call(jax.device_put(_state(), _layout(())), batch)))
 
 
-def test_loss_is_the_weighted_mean_over_the_global_batch(whole: tuple[Any, Any]) -> None:
-    logits, batch = whole[0].astype(np.float64), _batch()
+def test_loss_is_the_weighted_mean_over_the_global_batch(whole: Whole) -> None:
+    logits, batch = whole.logits.astype(np.float64), _batch()
     log_probs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     nll = -np.take_along_axis(log_probs, batch["targets"][0][..., None], axis=-1)[..., 0]
     weights = batch["loss_weights"][0]
     expected = np.sum(weights * nll) / np.sum(weights)
     assert _reference()[1]["loss"] == pytest.approx(expected, rel=1e-5)
-
-    with jax.set_mesh(_mesh(())):
-        evaluate = jax.jit(make_eval_step(CONFIG))
-        loss, weight = evaluate(jax.device_put(_state()), jax.device_put(batch))
-    assert float(weight) == pytest.approx(np.sum(weights))
-    assert float(loss / weight) == pytest.approx(expected, rel=1e-5)
+    assert whole.eval_weight == pytest.approx(np.sum(weights))
+    assert whole.eval_loss / whole.eval_weight == pytest.approx(expected, rel=1e-5)
 
 
-def test_router_bias_moves_once_by_the_load_of_the_whole_batch(whole: tuple[Any, Any]) -> None:
-    load_LE = whole[1].load_E
+def test_router_bias_moves_once_by_the_load_of_the_whole_batch(whole: Whole) -> None:
+    load_LE = whole.load_LE
     # The load itself: every valid token chooses TOP_K experts, padding none.
     assert np.all(np.sum(load_LE, axis=1) == TOP_K * np.sum(_batch()["segment_ids"] > 0))
     mean = np.mean(load_LE, axis=1, keepdims=True)
@@ -323,7 +318,7 @@ def test_metrics_of_the_batch() -> None:
 
 def test_the_state_keeps_its_form() -> None:
     axes = {"fsdp": 2, "expert_outer": 2, "expert": 2}
-    before, after, _ = _run_on_devices(_state(), _batch(), "none", **axes)
+    before, after, _ = _run_on_devices(_state(), _batch(), "full", **axes)
 
     def form(tree: Any) -> Any:
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
