@@ -1,6 +1,10 @@
 """What all commands share: flags, and a user's mistake answered in one sentence, exit code 2."""
 
+import itertools
+import re
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -10,9 +14,14 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax.config import UserError, field_names, unknown_field
 
+HELP = ("--help", "-help", "--helpfull", "-h")
+
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and calls `main` with the arguments that are left."""
+    if not set(HELP).isdisjoint(sys.argv[1:]):
+        print(_help(main.__module__))
+        sys.exit()
     app.run(lambda arguments: _guarded(main, arguments), flags_parser=_parse)
 
 
@@ -31,18 +40,33 @@ def _guarded(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    for argument in arguments[1:]:
-        flag = argument.split("=")[0].lstrip("-")
-        if flag.startswith("config."):
-            _check_field(flag)
-        if flag == "config":
-            file = argument.partition("=")[2]
-            if file and not Path(file).is_file():
+    file = None
+    for argument, following in itertools.pairwise([*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and (equals or following):
+            file = value if equals else following
+            if not Path(file).is_file():
                 _refuse(f"--config={file}: there is no such file")
+        elif name.startswith(("--config.", "-config.")):
+            _check_field(name.lstrip("-"))
+            if file is None:
+                _refuse(f"{name} must come after --config, as in --config=configs/tiny.py")
     try:
         return flags.FLAGS(arguments)
-    except flags.Error as error:
-        _refuse(str(error).splitlines()[0])
+    except Exception as error:  # whatever goes wrong here, in the config file too, is the user's
+        _refuse(_in_config_file(error, file) or str(error).splitlines()[0])
+
+
+def _in_config_file(error: BaseException | None, file: str | None) -> str | None:
+    """What went wrong in the config file, with the place; None if it did not happen there."""
+    while file and error:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if Path(frame.filename) == Path(file):
+                # ConfigDict lists all of a group's fields before it names the nearest.
+                text = re.sub(r" Other fields present: .*}\"", "", str(error).strip("'"))
+                return f"{file}:{frame.lineno}: " + " ".join(text.replace(r"\n", " ").split())
+        error = error.__context__
+    return None
 
 
 def _check_field(path: str) -> None:
@@ -52,6 +76,26 @@ def _check_field(path: str) -> None:
         siblings = field_names(".".join(names[:depth]))
         if names[depth] not in siblings:
             _refuse(unknown_field(".".join(names[: depth + 1]), siblings))
+
+
+def _help(module: str) -> str:
+    """The docstring of a command's module and its flags, in 80 columns."""
+    paragraphs = [
+        "  " + text.strip() if text.startswith(" ") else textwrap.fill(text, 80)
+        for text in (sys.modules[module].__doc__ or "").strip().split("\n\n")
+    ]
+    known = flags.FLAGS.get_key_flags_for_module(sys.modules[module])
+    rows = {f"--{flag.name}": flag.help or "" for flag in known}
+    if "--config" in rows:
+        rows["--config.GROUP.FIELD=VALUE"] = "Any field of the config; see moe_jax/config.py."
+    width = 2 + max(len(name) for name in rows)
+    lines = [
+        textwrap.fill(
+            text, 80, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2)
+        )
+        for name, text in rows.items()
+    ]
+    return "\n\n".join([*paragraphs, "\n".join(lines)])
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -7,6 +7,7 @@ A config file (`configs/*.py`) starts from `default_config()`, changes fields an
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -191,10 +192,8 @@ def _to_config_dict(value: Any) -> ConfigDict:
         elif field.name == "stages":
             item = tuple(dataclasses.asdict(stage) for stage in item)
         elif types.NoneType in typing.get_args(types_of[field.name]):
-            # A placeholder keeps the type of a field that may be None.
-            default, item = item, config_dict.placeholder(typing.get_args(types_of[field.name])[0])
-            result[field.name] = item
-            item = default
+            # On the command line, "None" is a value of `object` alone; `build` checks the type.
+            item = config_dict.FieldReference(item, field_type=object)
         result[field.name] = item
     return result.lock()
 
@@ -235,6 +234,8 @@ def _scalar(kind: Any, value: Any, place: str) -> Any:
     if type(value) not in allowed:
         names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise UserError(f"{place} must be of type {names}, not {value!r}")
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{place}={value} must be a finite number")
     return value
 
 

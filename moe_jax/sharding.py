@@ -42,9 +42,10 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if free and num_devices % known == 0:
         sizes[free[0]] = num_devices // known
     elif free or known != num_devices:
+        what = f"{known} does not divide them" if free else f"the sizes multiply to {known}"
         raise UserError(
             f"config.mesh ({product or 'every axis 1'}) does not fit {num_devices} devices: "
-            f"the sizes multiply to {known}; set one axis to -1 to take the devices that are left"
+            f"{what}; change a size (one may be -1, the devices that are left) or num_cpu_devices"
         )
     return sizes
 

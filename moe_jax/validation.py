@@ -125,6 +125,10 @@ def _check_data(config: Config) -> None:
     _at_least(config, 1, "data.num_streams", "data.packing_bins")
     _at_least(config, 0, "data.holdout_every", "data.prefetch")
     _require(
+        config.data.source != "",
+        "config.data.source='' is empty; give 'stdlib' or a glob of .jsonl and text files",
+    )
+    _require(
         config.data.holdout_every != 1,
         "config.data.holdout_every=1 would hold out every document; 0 holds out none",
     )
@@ -168,6 +172,7 @@ def _check_run(config: Config) -> None:
     _at_least(config, 0, "training.eval_batches", "training.sample_tokens")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep")
     _at_least(config, 0, "seed")
+    _require(config.seed < 2**63, f"config.seed={config.seed} must be below 2**63")
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     policies = ("none", "full")
@@ -180,16 +185,28 @@ def _check_run(config: Config) -> None:
         config,
         0,
         *("optimizer.peak_lr", "optimizer.final_lr", "optimizer.warmup_steps"),
-        *("optimizer.weight_decay", "optimizer.eps"),
+        "optimizer.weight_decay",
     )
     _at_most(config, "optimizer.final_lr", "optimizer.peak_lr")
     _at_most(config, "optimizer.warmup_steps", "training.num_steps")
-    clip = config.optimizer.clip_norm
-    _require(clip > 0, f"config.optimizer.clip_norm={clip} must be above 0")
+    for name in ("clip_norm", "eps"):
+        value = getattr(config.optimizer, name)
+        _require(value > 0, f"config.optimizer.{name}={value} must be above 0")
     for name in ("b1", "b2", "ema_decay"):
         value = getattr(config.optimizer, name)
         _require(0 <= value < 1, f"config.optimizer.{name}={value} must be in [0, 1)")
+    _check_sample(config)
     profile_steps(config)
+
+
+def _check_sample(config: Config) -> None:
+    added, limit = config.training.sample_tokens, config.model.max_position_embeddings
+    prompt = 1 + len(config.training.sample_prompt.encode())  # a boundary stands before it
+    _require(
+        not added or prompt + added <= limit,
+        f"config.training.sample_tokens={added} after the {prompt} tokens of "
+        f"config.training.sample_prompt exceeds config.model.max_position_embeddings={limit}",
+    )
 
 
 def profile_steps(config: Config) -> range:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -60,14 +61,14 @@ class Corpus:
         for file_id, path in enumerate(paths):
             try:
                 for line, offset, size, text in self._documents(file_id, skip_invalid):
-                    index.append((file_id, line, offset, size, len(text)))
+                    index.append((file_id, line, offset, size, len(text), zlib.crc32(text)))
                     digest.update(len(text).to_bytes(8, "little") + text)
             except OSError as error:
                 self._refuse(
                     Invalid("unreadable file", f"cannot read {path}: {error.strerror}"),
                     skip_invalid,
                 )
-        self._index = np.array(index, np.int64).reshape(-1, 5)
+        self._index = np.array(index, np.int64).reshape(-1, 6)
         self.lengths = self._index[:, 4]
         self.fingerprint = digest.hexdigest()
 
@@ -79,12 +80,15 @@ class Corpus:
         return len(self._index)
 
     def __getitem__(self, i: int) -> bytes:
-        file_id, line, offset, size, length = (int(value) for value in self._index[i])
-        with open(self._paths[file_id], "rb") as file:
-            file.seek(offset)
-            raw = file.read(size)
-        text = _parse_line(raw, self._text_field, self.name(i)) if line else raw
-        if len(text) != length:
+        file_id, line, offset, size, _, checksum = (int(value) for value in self._index[i])
+        try:
+            with open(self._paths[file_id], "rb") as file:
+                file.seek(offset)
+                raw = file.read(size)
+            text = _parse_line(raw, self._text_field, self.name(i)) if line else raw
+        except (FileNotFoundError, Invalid):
+            text = b""
+        if zlib.crc32(text) != checksum:
             raise UserError(f"{self.name(i)} changed while it was in use; start the run again")
         return text
 
@@ -150,6 +154,8 @@ def _parse_line(raw: bytes, field: str, place: str) -> bytes:
             "JSONL line that does not parse",
             f"{place} is not JSON: {error.msg} at column {error.colno}",
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too deep a nest
+        raise Invalid("JSONL line that does not parse", f"{place} is not read: {error}") from None
     if not isinstance(record, dict):
         kind = type(record).__name__
         raise Invalid("JSONL line without text", f"{place} is a JSON {kind}, not an object")

@@ -5,6 +5,7 @@ to the start of the open group, so what is ours is the cutting of long documents
 between two lengths: what was drawn for the open group and not handed out goes back to the front.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -168,15 +169,16 @@ class Stream:
         state = self.get_state()
         group, taken, counter = state["parent"], state["next_row"], state["counter"]
         repacked = self._open({"parent": group, "next_row": 0, "counter": counter - taken})
-        used = {tuple(span) for _ in range(taken) for span in next(repacked)["span"]}
+        # A small corpus comes round within one group, and brings the same span again.
+        used = Counter(Span(*span) for _ in range(taken) for span in next(repacked)["span"])
 
         pieces = iter(self._pieces())
         pieces.set_state(group)
         unused: list[Span] = []
-        while used:
+        while used.total():
             span = pieces.next_span()
-            if span in used:
-                used.remove(span)
+            if used[span]:
+                used[span] -= 1
             else:
                 unused.append(span)
         rest = pieces.get_state()

@@ -65,10 +65,9 @@ def sequence_balance(scores_SLE: jax.Array, valid_SL: jax.Array, top_k: int) -> 
     experts = scores_SLE.shape[-1]
     valid = valid_SL[..., None].astype(jnp.float32)
     tokens = jnp.maximum(jnp.sum(valid, axis=1), 1.0)
-    # The k-th best score bounds the choice: no ids, so no scatter.
-    threshold = jax.lax.top_k(jax.lax.stop_gradient(scores_SLE), top_k)[0][..., -1:]
-    chosen = (scores_SLE >= threshold).astype(jnp.float32) * valid
-    f_SE = jnp.sum(chosen, axis=1) * experts / (top_k * tokens)
+    ids_SLK = jax.lax.top_k(jax.lax.stop_gradient(scores_SLE), top_k)[1]
+    chosen_SLE = jnp.sum(ids_SLK[..., None] == jnp.arange(experts), axis=2) * valid
+    f_SE = jnp.sum(chosen_SLE, axis=1) * experts / (top_k * tokens)
     normalized = scores_SLE / (jnp.sum(scores_SLE, axis=-1, keepdims=True) + 1e-20)
     p_SE = jnp.sum(normalized * valid, axis=1) / tokens
     return jnp.sum(f_SE * p_SE, axis=-1)

@@ -47,7 +47,11 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "document"),
+            # Named, so that a checkpoint can be described before anything is saved or restored.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "document": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 

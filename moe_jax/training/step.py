@@ -99,7 +99,7 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
     def train_step(state, batch):
         grads, loss, stats = gradients(state, batch)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             parameters, moments = optimizer.update(
                 grads, state["optimizer"], state["parameters"], state["update"]
             )

@@ -129,7 +129,11 @@ def _step(axes: tuple[tuple[str, int], ...], micro_batches: int, rematerializati
         CONFIG.training, micro_batches=micro_batches, rematerialization=rematerialization
     )
     with jax.set_mesh(_mesh(axes)):
-        return jax.jit(make_train_step(dataclasses.replace(CONFIG, training=training)))
+        return jax.jit(
+            make_train_step(dataclasses.replace(CONFIG, training=training)),
+            # Compiling is what takes the time here.
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
 
 
 def _run(

@@ -1,0 +1,251 @@
+"""Checkpoints: exact, on any mesh, whole or not there, and unharmed by what is refused."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import sharding
+from moe_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, MoEConfig, UserError
+from moe_jax.sharding import P
+from moe_jax.training.checkpoint import Checkpoints, check_writable
+from moe_jax.training.step import init_state
+
+ROOT = Path(moe_jax.__path__[0]).parent
+EIGHT = MeshConfig(fsdp=2, expert_outer=2, expert=2)
+ONE = MeshConfig(fsdp=1)
+FOUR = MeshConfig(data=2, fsdp=1, expert=2)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    opened = Checkpoints(tmp_path / "checkpoints", keep=2)
+    yield opened
+    opened.close()
+
+
+def _tree(step: int, size: int = 6) -> dict[str, Any]:
+    return {
+        "parameters": {"norm": {"scale": jnp.arange(float(size)) + step}},
+        "step": jnp.int32(step),
+    }
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _assert_equal(actual: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def _state_on(config: MeshConfig) -> tuple[Any, Any]:
+    """A state like that of a model on this mesh, and its shapes with shardings."""
+    mesh = sharding.make_mesh(
+        config, jax.devices()[: config.data * config.fsdp * config.expert_outer * config.expert]
+    )
+    model = ModelConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        attention=AttentionConfig(kv_lora_rank=8),
+        moe=MoEConfig(num_experts=8, intermediate_size=8),
+    )
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(Config(model=model)))
+    layout = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=jax.NamedSharding(mesh, x.sharding.spec if x.sharding else P()),
+        ),
+        shapes,
+    )
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(
+        lambda x: rng.integers(-(2**30), 2**30, x.shape).astype(x.dtype) / x.dtype.type(3), shapes
+    )
+    values = jax.tree.map(lambda v, x: np.asarray(v, x.dtype), values, shapes)
+    return jax.tree.map(lambda v, x: jax.device_put(v, x.sharding), values, layout), layout
+
+
+def test_exact_on_any_mesh(tmp_path: Path) -> None:
+    state, _ = _state_on(EIGHT)
+    expected = jax.device_get(state)
+    splits = set()
+    for number, config in enumerate((ONE, FOUR, EIGHT)):
+        opened = Checkpoints(tmp_path / str(number), keep=1)
+        opened.save(3, state, {"data": {"step": 3}})
+        opened.wait()
+        assert opened.document(3) == {"data": {"step": 3}}
+        _, layout = _state_on(config)
+        state = opened.restore(3, layout)  # saved from this mesh in the next round
+        opened.close()
+        _assert_equal(jax.device_get(state), expected)
+        jax.tree.map(lambda x, wanted: _assert_form(x, wanted), state, layout)
+        splits.add(
+            state["parameters"]["moe_blocks"]["moe"]["gate"].sharding.shard_shape((1, 8, 16, 8))
+        )
+    # The test has teeth: the three meshes split the experts in three ways.
+    assert splits == {(1, 8, 16, 8), (1, 4, 16, 8), (1, 2, 8, 8)}
+
+
+def _assert_form(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> None:
+    assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype)
+    assert x.sharding == wanted.sharding
+
+
+def test_names_are_plain() -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(_state_on(ONE)[1])[0]
+    assert all(isinstance(key, jax.tree_util.DictKey) for path, _ in leaves for key in path)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+    assert {
+        "parameters/moe_blocks/moe/gate",
+        "parameters/moe_blocks/moe/router/weight",
+        "parameters/dense_blocks/attention/kv_norm/scale",
+        "parameters/embedding/weight",
+        "router_bias/moe_blocks/moe/router/bias",
+        "optimizer/mu/moe_blocks/moe/gate",
+        "optimizer/nu/head/weight",
+        "step",
+        "update",
+    } <= names
+    assert all(re.fullmatch(r"[a-z_]+(/[a-z_]+)*", name) for name in names)
+
+
+def test_the_state_may_be_donated_at_once(checkpoints: Checkpoints) -> None:
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: -2 * x - 1, tree), donate_argnums=0)
+    state = {f"x{i}": jnp.arange(2.0**19) + i for i in range(16)}
+    expected = jax.device_get(jax.tree.map(jnp.copy, state))
+    layout = _abstract(state)
+    step.lower(state).compile()  # so that it runs while the checkpoint is being written
+    checkpoints.save(1, state, {})
+    for _ in range(20):
+        state = step(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    _assert_equal(checkpoints.restore(1, layout), expected)
+
+
+def test_the_newest_are_kept(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest() is None
+    for step in (2, 4, 6, 8):
+        checkpoints.save(step, _tree(step), {"step": step})
+    checkpoints.wait()
+    assert checkpoints.latest() == 8
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["6", "8"]
+    for step in (6, 8):
+        assert checkpoints.document(step) == {"step": step}
+        _assert_equal(checkpoints.restore(step, _abstract(_tree(0))), _tree(step))
+
+
+def test_a_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
+    opened = Checkpoints(tmp_path, keep=2)
+    opened.save(1, _tree(1), {})
+    opened.save(2, _tree(2), {})
+    opened.close()
+    # The name under which a checkpoint is written, before the one rename that makes it visible.
+    (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state" / "manifest.ocdbt").unlink()
+    opened = Checkpoints(tmp_path, keep=2)
+    assert opened.latest() == 1
+    _assert_equal(opened.restore(1, _abstract(_tree(0))), _tree(1))
+    # What is left of it is in nobody's way.
+    opened.save(2, _tree(5), {})
+    opened.wait()
+    assert opened.latest() == 2
+    _assert_equal(opened.restore(2, _abstract(_tree(0))), _tree(5))
+    opened.close()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import jax.numpy as jnp
+from moe_jax.training.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+state = lambda value: {f"x{i}": jnp.full((2**20,), value) for i in range(32)}
+checkpoints.save(1, state(1.0), {"step": 1})
+checkpoints.wait()
+checkpoints.save(2, state(2.0), {"step": 2})
+os._exit(9)
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, timeout=120
+    )
+    assert done.returncode == 9
+    opened = Checkpoints(tmp_path, keep=1)
+    step = opened.latest()
+    assert step in (1, 2)  # 2 if the disk was quick
+    layout = {f"x{i}": jax.ShapeDtypeStruct((2**20,), jnp.float32) for i in range(32)}
+    for array in opened.restore(step, layout).values():
+        np.testing.assert_array_equal(array, float(step))
+    assert opened.document(step) == {"step": step}
+    opened.close()
+
+
+def test_what_does_not_fit_is_refused_and_listed(checkpoints: Checkpoints) -> None:
+    stored = {
+        "parameters": {"kept": jnp.ones(3), "gone": jnp.ones(2), "wider": jnp.ones((4, 2))},
+        "ema": {"half": jnp.ones(2, jnp.bfloat16)},
+        "step": jnp.int32(1),
+    }
+    wanted = {
+        "parameters": {"kept": jnp.ones(3), "wider": jnp.ones((4, 3)), "new": jnp.ones(())},
+        "ema": {"half": jnp.ones(2)},
+        "step": jnp.int32(1),
+    }
+    checkpoints.save(1, stored, {})
+    checkpoints.wait()
+    before = _files(checkpoints.directory)
+    with pytest.raises(UserError) as error:
+        checkpoints.restore(1, _abstract(wanted))
+    assert str(error.value) == (
+        f"checkpoint 1 in {checkpoints.directory} does not fit this run: "
+        "ema/half is bfloat16[2] in the checkpoint and float32[2] in this run; "
+        "parameters/gone is float32[2] in the checkpoint and absent in this run; "
+        "parameters/new is missing in the checkpoint and float32[] in this run; "
+        "parameters/wider is float32[4, 2] in the checkpoint and float32[4, 3] in this run"
+    )
+    assert _files(checkpoints.directory) == before
+    _assert_equal(checkpoints.restore(1, _abstract(stored)), stored)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("something of the user's")
+    with pytest.raises(
+        UserError, match=re.escape(f"cannot write to the work directory {tmp_path}")
+    ):
+        check_writable(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "something of the user's"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="Permission denied; give another with --workdir"):
+        check_writable(tmp_path / "locked")
+
+
+def test_a_writable_directory_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
