@@ -54,7 +54,8 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except Exception as error:  # whatever goes wrong here, in the config file too, is the user's
-        _refuse(_in_config_file(error, file) or str(error).splitlines()[0])
+        place = "" if isinstance(error, flags.Error) else f"--config={file}: "
+        _refuse(_in_config_file(error, file) or place + str(error).splitlines()[0])
 
 
 def _in_config_file(error: BaseException | None, file: str | None) -> str | None:
@@ -63,8 +64,9 @@ def _in_config_file(error: BaseException | None, file: str | None) -> str | None
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if Path(frame.filename) == Path(file):
                 # ConfigDict lists all of a group's fields before it names the nearest.
-                text = re.sub(r" Other fields present: .*}\"", "", str(error).strip("'"))
-                return f"{file}:{frame.lineno}: " + " ".join(text.replace(r"\n", " ").split())
+                text = re.sub(r" Other fields present: .*}\"", "", str(error))
+                text = re.sub("^'(.*)'$", r"\1", text).replace(r"\n", " ")
+                return f"{file}:{frame.lineno}: {' '.join(text.split())}"
         error = error.__context__
     return None
 

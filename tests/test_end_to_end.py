@@ -29,7 +29,7 @@ ROOT = Path(moe_jax.__path__[0]).parent
 CUT = {
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
-    "model.intermediate_size": 24,
+    "model.first_k_dense_replace": 0,
     "model.attention.num_heads": 2,
     "model.attention.q_lora_rank": 8,
     "model.attention.kv_lora_rank": 8,

@@ -146,7 +146,7 @@ def _parse_text(raw: bytes, place: str) -> bytes:
 
 def _parse_line(raw: bytes, field: str, place: str) -> bytes:
     try:
-        record = json.loads(raw)
+        record = json.loads(raw.rstrip(b"\r\n"))  # or an error's column is the next line's
     except UnicodeDecodeError as error:
         raise Invalid("invalid UTF-8", f"{place} is not UTF-8 text: {error.reason}") from None
     except json.JSONDecodeError as error:

@@ -118,7 +118,8 @@ class Stream:
     A row is a dict of arrays [length]: `tokens` and `targets` int32 (the next token of the same
     document), `segment_ids` int32 (from 1 on; 0 is padding), `positions` int32, `loss_weights`
     float32 (0 on padding). Spans come in an order shuffled anew each epoch, of which each stream
-    takes every `num_streams`-th; every prediction that is drawn comes out once and in order.
+    takes every `num_streams`-th; every prediction that is drawn comes out once. The rows that the
+    packer fills at a time come out in a shuffled order, and with them the pieces of a document.
 
     Args:
       spans: what the streams share out.

@@ -43,7 +43,7 @@ def test_the_standard_library_is_the_same_large_corpus_each_time() -> None:
     assert names == sorted(set(names))
     for name in names:
         parts = set(Path(name).parts)
-        assert not parts & {"test", "tests", "site-packages", "__pycache__"} and not name[0] == "/"
+        assert not parts & {"test", "tests", "site-packages", "__pycache__"} and name[0] != "/"
     i = names.index("json/decoder.py")
     root = Path(sysconfig.get_path("stdlib"))
     assert corpus[i] == (root / "json/decoder.py").read_bytes()
@@ -115,7 +115,7 @@ BAD: dict[str, tuple[str, bytes, str, str]] = {
     "no JSON": (
         "x.jsonl",
         b'{"text": "a"}\n\n{"text": "b"\n',
-        ":3 is not JSON: Expecting ',' delimiter at column 14",
+        ":3 is not JSON: Expecting ',' delimiter at column 13",
         "JSONL line that does not parse",
     ),
     "a list": (
@@ -233,7 +233,7 @@ def test_the_fingerprint_is_of_contents_in_order_and_not_of_places(tmp_path: Pat
         ("a.txt", b"one text", None),
         ("a.jsonl", b'{"text": "one"}\n', b'{"text": "two"}\n'),
         ("a.jsonl", b'{"text": "one"}\n', b'{"text": "on'),
-        ("a.jsonl", b'{"text": "one"}\n', b'\n{"text": "one"}'),
+        ("a.jsonl", b'{"text": "one"}\n', b'\n\n{"text": "one"}'),
     ],
 )
 def test_a_file_that_changes_while_in_use_is_noticed(

@@ -16,6 +16,7 @@ from moe_jax.data.loader import Batch, eval_batches, train_batches
 from moe_jax.data.packing import pack_once
 
 BORDER = 3  # steps of the first stage
+BINS = 5  # a border comes in the middle of what the packer fills at a time
 WHOLE = (0, 1, 1)
 HALVES = [(0, 1, 2), (1, 2, 2)]
 QUARTERS = [(i, i + 1, 4) for i in range(4)]
@@ -30,7 +31,7 @@ def _config(**fields: Any) -> Config:
     data = {name: fields.pop(name) for name in tuple(fields) if hasattr(DataConfig, name)}
     stages = (Stage(16, BORDER * 384), Stage(32))
     return Config(
-        data=DataConfig(**dict(num_streams=4, packing_bins=3, prefetch=0, stages=stages) | data),
+        data=DataConfig(**dict(num_streams=4, packing_bins=BINS, prefetch=0, stages=stages) | data),
         training=TrainingConfig(tokens_per_step=384, **fields),
     )
 
@@ -147,7 +148,7 @@ def test_evaluation_covers_the_held_out_spans_once_and_is_always_the_same() -> N
     _assert_equal(batches, eval_batches(config, CORPUS, HELD_OUT, 16, 7, WHOLE))
     assert {batch["tokens"].shape for batch in batches} == {(1, 7, 16)}
 
-    packed = list(pack_once(CORPUS, HELD_OUT, length=16, bins=3, mask_documents=True))
+    packed = list(pack_once(CORPUS, HELD_OUT, length=16, bins=BINS, mask_documents=True))
     assert len(packed) % 7, "the last batch is not full"
     for name in packed[0]:
         rows = np.concatenate([batch[name][0] for batch in batches])

@@ -287,6 +287,4 @@ def test_pieces_of_a_document_are_joined_again_at_a_border(taken: int) -> None:
             stream.next_row()
         stream.set_length(40)
         front = stream.get_state()["parent"]["front"]
-        assert all(
-            (a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True)
-        )
+        assert all((a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True))

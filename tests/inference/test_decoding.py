@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig
 from moe_jax.inference.decoding import sample
 from moe_jax.training.step import init_state, make_logits
 
@@ -84,10 +84,10 @@ def test_cold_sampling_of_the_model_itself() -> None:
             vocab_size=32,
             hidden_size=16,
             num_hidden_layers=1,
-            first_k_dense_replace=0,
+            first_k_dense_replace=1,
+            intermediate_size=24,
             initializer_range=1.0,
             attention=AttentionConfig(num_heads=2, q_lora_rank=None, kv_lora_rank=8),
-            moe=MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=8),
         )
     )
     mesh = _mesh(fsdp=2)

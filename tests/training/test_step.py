@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -344,3 +345,13 @@ def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
         state["parameters"],
     )
     assert _run(state, _batch())[1]["loss"] == pytest.approx(math.log(VOCAB), abs=0.02)
+
+
+def test_the_parts_of_a_step_are_named() -> None:
+    """A trace shows these names."""
+    with jax.set_mesh(_mesh(())):
+        batch = jax.device_put(_batch(), sharding.batch_sharding(_mesh(())))
+        lowered = _step((), 1, "none").lower(jax.device_put(_state(), _layout(())), batch)
+    text = lowered.as_text(debug_info=True)
+    for scope in ("embedding", "attention", "moe", "router", "dispatch", "loss", "optimizer"):
+        assert re.search(rf'["/(]{scope}[/)]', text), scope
