@@ -24,15 +24,15 @@ def get_config() -> ConfigDict:
     # The few sequences of one device are never balanced.
     moe.buffer_factor = 2.0
 
-    config.training.num_steps = 200
+    config.training.num_steps = 160
     config.training.tokens_per_step = 4096
-    config.training.eval_every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.training.eval_every_steps = 40
+    config.checkpoint.every_steps = 40
     config.optimizer.peak_lr = 4e-3
     config.optimizer.final_lr = 2e-4
     config.optimizer.warmup_steps = 20
     config.data.stages = (
-        {"sequence_length": 128, "tokens": 50 * 4096},
+        {"sequence_length": 128, "tokens": 40 * 4096},
         {"sequence_length": 256, "tokens": None},
     )
     return config

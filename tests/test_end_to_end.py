@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
@@ -99,8 +100,6 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 def _checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """A checkpoint's arrays by name, read with nothing of ours."""
-    import orbax.checkpoint as ocp
-
     state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -191,7 +190,7 @@ def test_the_trace_names_the_parts_of_the_model(resumed: Path) -> None:
     content = traces[0].read_bytes()
     for scope in ("attention", "moe", "router", "dispatch", "loss", "optimizer"):
         assert re.search(rb"[/(]" + scope.encode() + rb"[/)]", content), scope
-    # For Perfetto; of the one step that was asked for.
+    # The same for Perfetto.
     (events,) = (resumed / "profile").rglob("*.trace.json.gz")
     assert b"train" in gzip.decompress(events.read_bytes())
 

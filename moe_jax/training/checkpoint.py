@@ -67,8 +67,8 @@ class Checkpoints:
           state: nested dicts of arrays.
           document: JSON-able, the same on every process.
         """
-        # On CPU the writer's host copy shares memory with the array, so a donated buffer would be
-        # overwritten while it is being written; elsewhere it copies to the host before it returns.
+        # On CPU the writer's host copy may share memory with the array, which the next step donates;
+        # elsewhere it copies to the host before it returns.
         if jax.default_backend() == "cpu":
             state = jax.tree.map(jnp.copy, state)
         self._manager.save(
@@ -79,6 +79,16 @@ class Checkpoints:
         )
 
     def document(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state.
+
+        Raises:
+          ValueError: the checkpoint is not whole, as after a copy that broke off.
+        """
+        if not (self.directory / str(step) / "document").is_dir():
+            raise UserError(
+                f"checkpoint {step} in {self.directory} is not whole: its document is missing; "
+                "remove that folder to go on from the one before"
+            )
         args = ocp.args.Composite(document=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["document"]
 
