@@ -60,8 +60,8 @@ def start(
       Lines for a person about what was set.
 
     Raises:
-      ValueError: only some of the three arguments are given, or the emulated devices cannot be
-        shared equally among the processes.
+      ValueError: only some of the three arguments are given, or they name no process of a run; or
+        the emulated devices cannot be shared equally among the processes.
     """
     by_hand = (coordinator_address, num_processes, process_id)
     if None in by_hand and by_hand != (None, None, None):
@@ -69,8 +69,10 @@ def start(
             f"coordinator_address={coordinator_address}, num_processes={num_processes} and "
             f"process_id={process_id} must be given together; give all three or none"
         )
-    if num_processes is None:
+    if coordinator_address is None or num_processes is None or process_id is None:
         num_processes = _cluster_size()
+    else:
+        _check_by_hand(coordinator_address, num_processes, process_id)
 
     platform = choose_platform()
     lines = [f"platform: {platform}"]
@@ -121,6 +123,21 @@ def missing_flags(flags: Mapping[str, str], given: str) -> str:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _check_by_hand(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"coordinator_address={coordinator_address!r} is not an address of process 0; "
+            "give host:port"
+        )
+    # A wrong number must not pass for a run of one process, which would train by itself.
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"process_id={process_id} is not one of num_processes={num_processes} processes; "
+            "number them from 0 to num_processes - 1"
+        )
 
 
 def _local_cpu_devices(num_cpu_devices: int, num_processes: int) -> int:

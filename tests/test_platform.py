@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from moe_jax import platform
-from moe_jax.config import MeshConfig
+from moe_jax.config import MeshConfig, UserError
 
 ROOT = Path(platform.__file__).parents[1]
 
@@ -94,6 +94,21 @@ def test_only_some_of_the_three_arguments_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match="must be given together; give all three or none"):
         platform.start(MeshConfig(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "process_id"), [(0, 0), (-1, 0), (1, 3), (2, 2), (2, -1)]
+)
+def test_a_process_that_is_not_of_the_run_is_an_error(num_processes: int, process_id: int) -> None:
+    match = f"process_id={process_id} is not one of num_processes={num_processes} processes"
+    with pytest.raises(UserError, match=match):
+        platform.start(MeshConfig(), "host:1", num_processes, process_id)
+
+
+@pytest.mark.parametrize("address", ["host", ":1", "host:", "host:port", ""])
+def test_an_address_without_host_or_port_is_an_error(address: str) -> None:
+    with pytest.raises(UserError, match=f"coordinator_address='{address}' is not .* host:port"):
+        platform.start(MeshConfig(), address, 2, 0)
 
 
 def test_devices_that_do_not_divide_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

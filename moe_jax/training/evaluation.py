@@ -38,6 +38,19 @@ class Evaluation:
         self._place = place
         self._step = jax.jit(make_eval_step(config))
 
+    def token_entropy(self) -> float:
+        """Nats per token of a model that knows how often each token occurs in these rows, no more.
+
+        Of this process's rows; nan if nothing is held out.
+        """
+        counts = np.zeros(1)
+        for batch in self._batches:
+            seen = np.bincount(batch["targets"][batch["loss_weights"] > 0])
+            counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
+            counts[: len(seen)] += seen
+        shares = counts[counts > 0] / counts.sum()
+        return float(-np.sum(shares * np.log(shares))) if len(shares) else float("nan")
+
     def __call__(self, state: Any) -> float | None:
         """Nats per token; None if nothing is held out."""
         sums = [self._step(state, self._place(batch)) for batch in self._batches]

@@ -82,6 +82,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
             writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first_step)))
         train_step = CompiledByShape(make_train_step(config))
         evaluate = Evaluation(config, corpus, held_out, share, place)
+        if held_out:
+            display.line(summary.held_out(len(held_out), evaluate.token_entropy()))
         trace = Trace(validation.profile_steps(config), workdir / "profile")
         stack.callback(trace.stop)
         clock = Clock(training.tokens_per_step)

@@ -39,6 +39,10 @@ def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
     ]
 
 
+def held_out(spans: int, token_entropy: float) -> str:
+    return f"held out    {spans} documents; single tokens have {token_entropy:.2f} nats"
+
+
 def compiled(rows: int, length: int, seconds: float, bytes_per_device: int) -> str:
     return (
         f"compiled    {rows} rows of {length} tokens in {format_duration(seconds)}, "

@@ -133,9 +133,12 @@ def test_the_state_may_be_donated_at_once(checkpoints: Checkpoints) -> None:
     layout = _abstract(state)
     step.lower(state).compile()  # so that it runs while the checkpoint is being written
     checkpoints.save(1, state, {})
+    donated = state
     for _ in range(20):
         state = step(state)
     jax.block_until_ready(state)
+    # The test has teeth: a buffer that the writer still held would have been kept, not donated.
+    assert all(x.is_deleted() for x in donated.values())
     checkpoints.wait()
     _assert_equal(checkpoints.restore(1, layout), expected)
 
