@@ -188,7 +188,6 @@ def _check_run(config: Config) -> None:
         "optimizer.weight_decay",
     )
     _at_most(config, "optimizer.final_lr", "optimizer.peak_lr")
-    _at_most(config, "optimizer.warmup_steps", "training.num_steps")
     for name in ("clip_norm", "eps"):
         value = getattr(config.optimizer, name)
         _require(value > 0, f"config.optimizer.{name}={value} must be above 0")

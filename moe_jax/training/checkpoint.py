@@ -67,8 +67,8 @@ class Checkpoints:
           state: nested dicts of arrays.
           document: JSON-able, the same on every process.
         """
-        # On CPU the writer's host copy may share memory with the array, which the next step
-        # donates; elsewhere it copies to the host before it returns.
+        # On CPU the writer may read the array itself, which the next step could then not donate;
+        # elsewhere it copies to the host before it returns.
         if jax.default_backend() == "cpu":
             state = jax.tree.map(jnp.copy, state)
         self._manager.save(

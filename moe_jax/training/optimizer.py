@@ -14,6 +14,8 @@ Tree = Any  # nested dicts of arrays
 def learning_rate(config: OptimizerConfig, num_steps: int, update: jax.Array) -> jax.Array:
     """Linear warm-up to `peak_lr`, then a cosine to `final_lr` at update `num_steps`.
 
+    A run shorter than the warm-up ends before the peak.
+
     Args:
       update: [] int32, updates done so far; the first one already has a rate above 0.
     """
