@@ -4,8 +4,8 @@
 
     python -m moe_jax.main --config=configs/tiny.py
 
-Held-out loss ends at 2.20 nats a byte, where single bytes of the same text have 3.28 (Python 3.11,
-jax 0.10.2, two CPU cores, under 4 minutes).
+Held-out loss ends at 2.20 nats a byte, where single bytes of the same text have 3.14 (Python 3.11,
+jax 0.10.2; three minutes on two CPU cores).
 """
 
 from ml_collections import ConfigDict
