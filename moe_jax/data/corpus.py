@@ -21,6 +21,10 @@ from moe_jax.config import DataConfig, UserError
 
 # Tests and installed packages differ from machine to machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# A corpus of few documents is shared out in about so many spans, of at least so many predictions:
+# streams that outnumber the spans would each read the same text at the same step.
+FEW_DOCUMENTS = 64
+SHORTEST_CUT = 4096
 
 
 class Span(NamedTuple):
@@ -210,8 +214,22 @@ def split_holdout(corpus: Corpus, every: int) -> tuple[list[Span], list[Span]]:
     """Training and held-out spans; together they are every prediction of the corpus once.
 
     Every `every`-th document is held out whole. A corpus of fewer documents, such as one big file,
-    holds out the last 1 / `every` of each document. 0 holds out nothing.
+    holds out the last 1 / `every` of each document. 0 holds out nothing. The long documents of a
+    corpus of few are several training spans each.
     """
+    training, held_out = _split(corpus, every)
+    if len(corpus) < FEW_DOCUMENTS:
+        total = sum(span.stop - span.start for span in training)
+        size = max(SHORTEST_CUT, -(-total // FEW_DOCUMENTS))
+        training = [
+            Span(document, cut, min(cut + size, stop))
+            for document, start, stop in training
+            for cut in range(start, stop, size)
+        ]
+    return training, held_out
+
+
+def _split(corpus: Corpus, every: int) -> tuple[list[Span], list[Span]]:
     whole = [Span(i, 0, int(length) + 1) for i, length in enumerate(corpus.lengths)]
     if not every:
         return whole, []

@@ -283,6 +283,16 @@ def test_nothing_is_held_out_for_0() -> None:
     assert split_holdout(corpus, 0) == ([Span(0, 0, 4), Span(1, 0, 2)], [])
 
 
+@pytest.mark.parametrize("every", [0, 32])
+def test_one_big_document_is_shared_out_in_many_spans(every: int) -> None:
+    corpus: Any = Sized([1_100_000])
+    training, held_out = split_holdout(corpus, every)
+    assert len(training) == 64
+    assert training[0].start == 0
+    assert all(a.stop == b.start for a, b in zip(training, training[1:], strict=False))
+    assert training[-1].stop == (held_out[0].start if every else 1_100_001)
+
+
 class Sized:
     """As much of a corpus as is needed to split it."""
 
