@@ -26,8 +26,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def config_name(flag: flags.FlagHolder[ConfigDict]) -> str:
-    """ "tiny" for --config=configs/tiny.py."""
-    return Path(config_flags.get_config_filename(flags.FLAGS[flag.name])).stem
+    """ "tiny" for --config=configs/tiny.py, "mixtral_tiny" for --config=configs/mixtral.py:tiny."""
+    file, _, argument = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
+    return "_".join([Path(file).stem, argument]).rstrip("_")
 
 
 def _guarded(main: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -44,7 +45,7 @@ def _parse(arguments: list[str]) -> list[str]:
     for argument, following in itertools.pairwise([*arguments[1:], ""]):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config") and (equals or following):
-            file = value if equals else following
+            file = (value if equals else following).partition(":")[0]
             if not Path(file).is_file():
                 _refuse(f"--config={file}: there is no such file")
         elif name.startswith(("--config.", "-config.")):

@@ -39,31 +39,75 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    """Latent attention (DeepSeek-V2, section 2.1) or grouped-query attention (Ainslie et al. 2023).
 
+    Each kind reads its own sizes below `num_heads`.
+    """
+
+    kind: str = "latent"  # or "grouped_query"
     num_heads: int = 4
     q_lora_rank: int | None = 96  # None: queries are not compressed, as in V2-Lite
     kv_lora_rank: int = 64
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
-    rope_theta: float = 10000.0
+    num_key_value_heads: int = 2  # grouped_query: heads of keys and values
+    head_dim: int = 32  # grouped_query: of queries, keys and values
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding and how it is stretched beyond the length of pre-training."""
+
+    theta: float = 10000.0
+    interleaved: bool = True  # pairs (0, 1), (2, 3), ...; False: (0, n / 2), (1, n / 2 + 1), ...
+    scaling: str = "none"  # or "yarn" (Peng et al. 2023), "llama3"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096  # of pre-training
+    beta_fast: float = 32.0  # yarn: turns within that length above which nothing is stretched
+    beta_slow: float = 1.0  # yarn: turns below which all is
+    mscale: float | None = None  # yarn: both are of DeepSeek's form
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None  # yarn: on cosine and sine; None: by factor and mscale
+    truncate: bool = True  # yarn: whole dims at the two borders
+    low_freq_factor: float = 1.0  # llama3: turns below which all is stretched
+    high_freq_factor: float = 4.0  # llama3: turns above which nothing is
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Shared and routed experts (DeepSeek-V3, section 2.1.2)."""
+    """Shared and routed experts, what balances them, and what is dropped.
+
+    A loss is off at weight 0; `ops/balance.py` has their equations. Each is summed over layers.
+    """
 
     num_experts: int = 16
     num_experts_per_tok: int = 4
     num_shared_experts: int = 1
     intermediate_size: int = 128  # of one expert
+    scoring_func: str = "sigmoid"  # or "softmax"
+    # How experts are chosen: "noaux_tc" with a bias, groups by the sum of their two best (V3);
+    # "group_limited_greedy", groups by their best (V2); "greedy", without groups.
+    topk_method: str = "noaux_tc"
     num_expert_groups: int = 4
     num_limited_groups: int = 2  # groups that a token's experts may come from
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     bias_update_speed: float = 0.001  # gamma, added to or taken from a router bias once an update
-    sequence_loss_weight: float = 1e-4  # alpha of the sequence-wise balance loss
+    sequence_loss_weight: float = 1e-4  # V3's sequence-wise loss
+    expert_loss_weight: float = 0.0  # V2's three, per sequence
+    device_loss_weight: float = 0.0
+    communication_loss_weight: float = 0.0
+    num_device_groups: int = 1  # equal parts of the experts, V2's devices
+    switch_loss_weight: float = 0.0  # Switch Transformer's, per micro-batch and layer
+    mixtral_loss_weight: float = 0.0  # the same of all layers' routing pooled
+    z_loss_weight: float = 0.0  # on the router's logits
+    # What training drops: "none"; "expert", what exceeds an expert's capacity, later tokens first
+    # (Switch); "device", what exceeds a device group's, lowest scores first (V2).
+    token_dropping: str = "none"
+    capacity_factor: float = 1.25  # capacity in balanced loads
+    capacity_group: int | None = 1  # rows whose tokens share a capacity; None: a whole micro-batch
+    undropped_sequences: float = 0.1  # "device": share of rows that keep all their tokens
     buffer_factor: float = 1.5  # dispatch buffer of one round, in balanced loads
 
 
@@ -78,8 +122,14 @@ class ModelConfig:
     intermediate_size: int = 384  # of a dense layer
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-6
+    # Weights start with this standard deviation; for "fan_in" it is the variance times the number
+    # of inputs, cut off at two standard deviations (Switch Transformer, section 2.4).
     initializer_range: float = 0.02
+    initializer: str = "normal"
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0  # depth of multi-token prediction
     attention: AttentionConfig = AttentionConfig()
+    rope: RopeConfig = RopeConfig()
     moe: MoEConfig = MoEConfig()
 
 
@@ -134,12 +184,16 @@ class DataConfig:
 class TrainingConfig:
     """The run's length and its rhythm."""
 
+    init_from: str | None = None  # a checkpoint of ours or a Hugging Face folder to start from
     num_steps: int = 400
     stop_after_step: int | None = None  # end cleanly there, saved; schedules follow num_steps
     tokens_per_step: int = 8192  # rows times length, padding counted
     micro_batches: int = 1  # gradient accumulation
     # "full": a layer keeps its input alone. "none": all but gathered dense weights.
     rematerialization: str = "full"
+    mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
+    mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen
+    mtp_late_from_tokens: int | None = None
     log_every_steps: int = 10
     eval_every_steps: int = 100
     eval_batches: int = 4
@@ -196,6 +250,62 @@ def _to_config_dict(value: Any) -> ConfigDict:
             item = config_dict.FieldReference(item, field_type=object)
         result[field.name] = item
     return result.lock()
+
+
+def sized(config: ConfigDict, size: str) -> ConfigDict:
+    """A family's config as it is ("full"), or its options with small sizes ("tiny").
+
+    A config file gives what follows the colon in --config=configs/NAME.py:tiny. Tiny models have
+    the sizes of `default_config()` and train on 8 emulated devices.
+
+    Raises:
+      ValueError: another word than these two.
+    """
+    if size == "full":
+        return config
+    if size != "tiny":
+        raise UserError(f"the config knows no size {size!r}; full and tiny are there")
+    small, model = default_config(), config.model
+    routed = model.first_k_dense_replace < model.num_hidden_layers
+    model.first_k_dense_replace = min(model.first_k_dense_replace, 1) if routed else 4
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        model[name] = small.model[name]
+    model.max_position_embeddings = small.model.max_position_embeddings
+    if model.initializer == "normal":
+        model.initializer_range = small.model.initializer_range
+    if model.rope.scaling != "none":
+        model.rope.original_max_position_embeddings = 128
+    attention = small.model.attention
+    if model.attention.q_lora_rank is None:
+        attention.q_lora_rank = None
+    with model.unlocked():
+        attention.kind, model.attention = model.attention.kind, attention
+    moe = model.moe
+    moe.num_experts = min(moe.num_experts, 16)
+    moe.num_experts_per_tok = min(moe.num_experts_per_tok, 4)
+    moe.num_expert_groups = min(moe.num_expert_groups, 4)
+    moe.num_limited_groups = min(moe.num_limited_groups, 2, moe.num_expert_groups)
+    moe.num_device_groups = min(moe.num_device_groups, 4)
+    moe.capacity_group = moe.capacity_group and 1
+    moe.intermediate_size = 64
+    moe.buffer_factor = 2.0
+
+    config.mesh = small.mesh
+    config.mesh.num_cpu_devices = 8
+    config.mesh.fsdp = 2 if routed else 8
+    config.mesh.expert = 4 if routed else 1
+    data, training = config.data, config.training
+    data.num_streams = small.data.num_streams
+    data.stages = ({"sequence_length": 256, "tokens": None},)
+    training.tokens_per_step = 4096
+    training.micro_batches = 1
+    training.num_steps = 160
+    training.eval_every_steps = config.checkpoint.every_steps = 40
+    training.mtp_late_from_tokens = None
+    config.optimizer.peak_lr = 4e-3
+    config.optimizer.final_lr = 2e-4
+    config.optimizer.warmup_steps = 20
+    return config
 
 
 def build(cls: type, raw: Any, path: str = "config") -> Any:

@@ -79,45 +79,106 @@ def _check_mesh_fields(config: Config) -> None:
     _at_least(config, 1, "mesh.num_cpu_devices")
 
 
+def _one_of(config: Config, field: str, *options: str) -> None:
+    value = _value(config, field)
+    _require(value in options, f"config.{field}={value!r} must be one of {', '.join(options)}")
+
+
 def _check_model(config: Config) -> None:
     _at_least(
         config,
         1,
         *("model.vocab_size", "model.hidden_size", "model.num_hidden_layers"),
         *("model.intermediate_size", "model.max_position_embeddings"),
-        *(f"model.attention.{n}" for n in field_names("config.model.attention")),
-        *("model.moe.num_experts", "model.moe.num_experts_per_tok", "model.moe.intermediate_size"),
-        *("model.moe.num_expert_groups", "model.moe.num_limited_groups", "model.moe.buffer_factor"),
     )
     _at_least(
         config,
         0,
         *("model.first_k_dense_replace", "model.rms_norm_eps", "model.initializer_range"),
-        *("model.moe.num_shared_experts", "model.moe.routed_scaling_factor"),
-        *("model.moe.bias_update_speed", "model.moe.sequence_loss_weight"),
+        "model.num_nextn_predict_layers",
     )
     _at_most(config, "model.first_k_dense_replace", "model.num_hidden_layers")
-    rope = config.model.attention.qk_rope_head_dim
-    _require(
-        rope % 2 == 0,
-        f"config.model.attention.qk_rope_head_dim={rope} must be even: rotary dims go in pairs",
-    )
+    _one_of(config, "model.initializer", "normal", "fan_in")
+    _check_attention(config)
+    _check_moe(config)
+    for field in dataclasses.fields(PrecisionConfig):
+        _one_of(config, f"precision.{field.name}", *DTYPES)
+
+
+def _check_attention(config: Config) -> None:
+    _one_of(config, "model.attention.kind", "latent", "grouped_query")
+    sizes = [n for n in field_names("config.model.attention") if n != "kind"]
+    _at_least(config, 1, *(f"model.attention.{n}" for n in sizes))
+    if config.model.attention.kind == "latent":
+        rotary = "model.attention.qk_rope_head_dim"
+    else:
+        rotary = "model.attention.head_dim"
+        _divides(
+            config,
+            "model.attention.num_key_value_heads",
+            "model.attention.num_heads",
+            "as many query heads share each of them",
+        )
+    dim = _value(config, rotary)
+    _require(dim % 2 == 0, f"config.{rotary}={dim} must be even: rotary dims go in pairs")
+
+    rope = config.model.rope
+    _one_of(config, "model.rope.scaling", "none", "yarn", "llama3")
+    _at_least(config, 1, "model.rope.factor", "model.rope.original_max_position_embeddings")
+    _require(rope.theta > 1, f"config.model.rope.theta={rope.theta} must be above 1")
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        a, b = getattr(rope, low), getattr(rope, high)
+        _require(
+            0 < a < b,
+            f"config.model.rope.{low}={a} must be above 0 and below config.model.rope.{high}={b}",
+        )
+
+
+def _check_moe(config: Config) -> None:
     moe = config.model.moe
+    _at_least(
+        config,
+        1,
+        *("model.moe.num_experts", "model.moe.num_experts_per_tok", "model.moe.intermediate_size"),
+        *("model.moe.num_expert_groups", "model.moe.num_limited_groups", "model.moe.buffer_factor"),
+        *("model.moe.num_device_groups", "model.moe.capacity_group"),
+    )
+    _at_least(
+        config,
+        0,
+        *("model.moe.num_shared_experts", "model.moe.routed_scaling_factor"),
+        "model.moe.bias_update_speed",
+        *(f"model.moe.{n}" for n in field_names("config.model.moe") if n.endswith("_loss_weight")),
+    )
+    _one_of(config, "model.moe.scoring_func", "sigmoid", "softmax")
+    _one_of(config, "model.moe.topk_method", "noaux_tc", "group_limited_greedy", "greedy")
+    _one_of(config, "model.moe.token_dropping", "none", "expert", "device")
     _at_most(config, "model.moe.num_experts_per_tok", "model.moe.num_experts")
     _divides(config, "model.moe.num_expert_groups", "model.moe.num_experts", "groups are equal")
+    _divides(config, "model.moe.num_device_groups", "model.moe.num_experts", "groups are equal")
     _at_most(config, "model.moe.num_limited_groups", "model.moe.num_expert_groups")
+    groups = f"config.model.moe.num_expert_groups={moe.num_expert_groups}"
+    _require(
+        moe.topk_method != "greedy" or moe.num_limited_groups == moe.num_expert_groups,
+        f"config.model.moe.topk_method='greedy' knows no groups, so config.model.moe."
+        f"num_limited_groups={moe.num_limited_groups} must be {groups}",
+    )
+    _require(
+        not moe.communication_loss_weight or moe.num_device_groups == moe.num_expert_groups,
+        f"config.model.moe.num_device_groups={moe.num_device_groups} must be {groups} for the "
+        "communication loss, which counts the groups that a token is sent to",
+    )
     reachable = moe.num_limited_groups * moe.num_experts // moe.num_expert_groups
     _require(
         moe.num_experts_per_tok <= reachable,
         f"config.model.moe.num_experts_per_tok={moe.num_experts_per_tok} exceeds the {reachable} "
         f"experts of config.model.moe.num_limited_groups={moe.num_limited_groups} groups",
     )
-    for field in dataclasses.fields(PrecisionConfig):
-        value = getattr(config.precision, field.name)
-        _require(
-            value in DTYPES,
-            f"config.precision.{field.name}={value!r} must be one of {', '.join(DTYPES)}",
-        )
+    capacity, share = moe.capacity_factor, moe.undropped_sequences
+    _require(capacity > 0, f"config.model.moe.capacity_factor={capacity} must be above 0")
+    _require(
+        0 <= share <= 1, f"config.model.moe.undropped_sequences={share} must be between 0 and 1"
+    )
 
 
 def _check_data(config: Config) -> None:
@@ -153,6 +214,20 @@ def _check_data(config: Config) -> None:
                 f"the {rows} rows of {place} ({tokens} tokens / {length}) must be a multiple of "
                 f"config.{field}={_value(config, field)}",
             )
+        group = config.model.moe.capacity_group
+        _require(
+            config.model.moe.token_dropping == "none"
+            or group is None
+            or rows // config.training.micro_batches % group == 0,
+            f"the {rows // config.training.micro_batches} rows of a micro-batch in {place} must be "
+            f"a multiple of config.model.moe.capacity_group={group}",
+        )
+        depth = config.model.num_nextn_predict_layers
+        _require(
+            depth < length,
+            f"config.model.num_nextn_predict_layers={depth} must be below {place}.sequence_length="
+            f"{length}",
+        )
         is_last = i == len(stages) - 1
         if is_last:
             _require(
@@ -175,12 +250,9 @@ def _check_run(config: Config) -> None:
     _require(config.seed < 2**63, f"config.seed={config.seed} must be below 2**63")
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
-    policies = ("none", "full")
-    _require(
-        config.training.rematerialization in policies,
-        f"config.training.rematerialization={config.training.rematerialization!r} must be one of "
-        f"{', '.join(policies)}",
-    )
+    _one_of(config, "training.rematerialization", "none", "full")
+    _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
+    _at_least(config, 0, "training.mtp_late_from_tokens")
     _at_least(
         config,
         0,
@@ -228,8 +300,9 @@ def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
       ValueError: experts or rows do not divide over the mesh.
     """
     experts, shards = config.model.moe.num_experts, sizes["expert_outer"] * sizes["expert"]
+    model = config.model
     _require(
-        experts % shards == 0,
+        model.first_k_dense_replace == model.num_hidden_layers or experts % shards == 0,
         f"config.model.moe.num_experts={experts} must be a multiple of the {shards} devices of "
         f"config.mesh.expert_outer={sizes['expert_outer']} times config.mesh.expert="
         f"{sizes['expert']}",

@@ -99,7 +99,10 @@ AT_LEAST_1 = [
         "qk_nope_head_dim",
         "qk_rope_head_dim",
         "v_head_dim",
+        "num_key_value_heads",
+        "head_dim",
     ),
+    *_fields("model.rope", "original_max_position_embeddings"),
     *_fields(
         "model.moe",
         "num_experts",
@@ -107,6 +110,8 @@ AT_LEAST_1 = [
         "intermediate_size",
         "num_expert_groups",
         "num_limited_groups",
+        "num_device_groups",
+        "capacity_group",
     ),
     *_fields(
         "training",
@@ -122,7 +127,7 @@ AT_LEAST_1 = [
 ]
 AT_LEAST_0 = [
     "seed",
-    *_fields("model", "first_k_dense_replace"),
+    *_fields("model", "first_k_dense_replace", "num_nextn_predict_layers"),
     *_fields("model.moe", "num_shared_experts"),
     *_fields("data", "holdout_every", "prefetch"),
     *_fields("training", "eval_batches", "sample_tokens"),
@@ -131,10 +136,18 @@ AT_LEAST_0 = [
 FLOATS_AT_LEAST_0 = [
     *_fields("model", "rms_norm_eps", "initializer_range"),
     *_fields("model.moe", "routed_scaling_factor", "bias_update_speed", "sequence_loss_weight"),
+    *_fields("model.moe", "expert_loss_weight", "device_loss_weight", "switch_loss_weight"),
+    *_fields("model.moe", "communication_loss_weight", "mixtral_loss_weight", "z_loss_weight"),
+    *_fields("training", "mtp_loss_weight", "mtp_late_loss_weight"),
     *_fields("optimizer", "peak_lr", "final_lr", "weight_decay"),
 ]
-FLOATS_AT_LEAST_1 = ["model.attention.rope_theta", "model.moe.buffer_factor"]
-FLOATS_WITH_OTHER_BOUNDS = _fields("optimizer", "b1", "b2", "eps", "clip_norm", "ema_decay")
+FLOATS_AT_LEAST_1 = ["model.rope.factor", "model.moe.buffer_factor"]
+FLOATS_WITH_OTHER_BOUNDS = [
+    *_fields("optimizer", "b1", "b2", "eps", "clip_norm", "ema_decay"),
+    *_fields("model.rope", "theta", "beta_fast", "beta_slow"),
+    *_fields("model.rope", "low_freq_factor", "high_freq_factor"),
+    *_fields("model.moe", "capacity_factor", "undropped_sequences"),
+]
 FLOATS = [*FLOATS_AT_LEAST_0, *FLOATS_AT_LEAST_1, *FLOATS_WITH_OTHER_BOUNDS]
 
 
@@ -193,6 +206,70 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"model.first_k_dense_replace": 5},
         "config.model.first_k_dense_replace=5 must not exceed config.model.num_hidden_layers=4",
+    ),
+    *(
+        ({f"model.{field}": "other"}, f"config.model.{field}='other' must be one of {options}")
+        for field, options in (
+            ("initializer", "normal, fan_in"),
+            ("attention.kind", "latent, grouped_query"),
+            ("rope.scaling", "none, yarn, llama3"),
+            ("moe.scoring_func", "sigmoid, softmax"),
+            ("moe.topk_method", "noaux_tc, group_limited_greedy, greedy"),
+            ("moe.token_dropping", "none, expert, device"),
+        )
+    ),
+    (
+        {"model.attention.kind": "grouped_query", "model.attention.num_key_value_heads": 3},
+        "config.model.attention.num_heads=4 must be a multiple of "
+        "config.model.attention.num_key_value_heads=3: as many query heads share each of them",
+    ),
+    (
+        {"model.attention.kind": "grouped_query", "model.attention.head_dim": 9},
+        "config.model.attention.head_dim=9 must be even: rotary dims go in pairs",
+    ),
+    ({"model.rope.theta": 1.0}, "config.model.rope.theta=1.0 must be above 1"),
+    (
+        {"model.rope.beta_slow": 32.0},
+        "config.model.rope.beta_slow=32.0 must be above 0 and below config.model.rope."
+        "beta_fast=32.0",
+    ),
+    (
+        {"model.rope.high_freq_factor": 0.5},
+        "config.model.rope.low_freq_factor=1.0 must be above 0 and below config.model.rope."
+        "high_freq_factor=0.5",
+    ),
+    (
+        {"model.moe.num_device_groups": 3},
+        "config.model.moe.num_experts=16 must be a multiple of config.model.moe."
+        "num_device_groups=3: groups are equal",
+    ),
+    (
+        {"model.moe.topk_method": "greedy"},
+        "config.model.moe.topk_method='greedy' knows no groups, so config.model.moe."
+        "num_limited_groups=2 must be config.model.moe.num_expert_groups=4",
+    ),
+    (
+        {"model.moe.communication_loss_weight": 0.1},
+        "config.model.moe.num_device_groups=1 must be config.model.moe.num_expert_groups=4 for "
+        "the communication loss, which counts the groups that a token is sent to",
+    ),
+    (
+        {"model.moe.capacity_factor": 0.0},
+        "config.model.moe.capacity_factor=0.0 must be above 0",
+    ),
+    (
+        {"model.moe.undropped_sequences": 1.5},
+        "config.model.moe.undropped_sequences=1.5 must be between 0 and 1",
+    ),
+    (
+        {"model.moe.token_dropping": "expert", "model.moe.capacity_group": 64},
+        "the 32 rows of a micro-batch in config.data.stages[0] must be a multiple of "
+        "config.model.moe.capacity_group=64",
+    ),
+    (
+        {"model.num_nextn_predict_layers": 300},
+        "config.model.num_nextn_predict_layers=300 must be below config.data.stages[0]."
+        "sequence_length=128",
     ),
     (
         {"model.attention.qk_rope_head_dim": 15},

@@ -1,5 +1,7 @@
 """Products of activations with weights, and normalisation."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,14 +10,36 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.ops.weight_product import weight_product
+from moe_jax.sharding import P
+
+
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """How weights start: see `ModelConfig.initializer`."""
+
+    kind: str
+    range: float
+
+    def __call__(self, key: jax.Array, shape: Sequence[int], fan_in: int, spec: P) -> jax.Array:
+        if self.kind == "normal":
+            return self.range * jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+        assert self.kind == "fan_in", self.kind
+        std = math.sqrt(self.range / fan_in)
+        return std * jax.random.truncated_normal(
+            key, -2.0, 2.0, shape, jnp.float32, out_sharding=spec
+        )
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: Sequence[int], logical_axes: Sequence[str | None], std: float
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    logical_axes: Sequence[str | None],
+    initializer: Initializer,
+    fan_in: int,
 ) -> nnx.Param:
-    """A float32 parameter from a normal distribution, made in parts on the devices that hold it."""
+    """A random float32 parameter, made in parts on the devices that hold it."""
     spec = sharding.parameter_spec(shape, logical_axes)
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec))
+    return nnx.Param(initializer(rngs.params(), shape, fan_in, spec))
 
 
 class Linear(nnx.Module):
@@ -25,7 +49,7 @@ class Linear(nnx.Module):
       in_dims: dims that are summed over.
       out_dims: dims that take their place.
       logical_axes: of `in_dims + out_dims` (`sharding.RULES`).
-      std: standard deviation of the initial weights.
+      initializer: of the weights.
       dtype: of the product's operands; the master weight stays float32.
       output_dtype: of the result; `dtype` if None.
     """
@@ -36,7 +60,7 @@ class Linear(nnx.Module):
         out_dims: Sequence[int],
         logical_axes: Sequence[str | None],
         *,
-        std: float,
+        initializer: Initializer,
         dtype: jnp.dtype,
         output_dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
@@ -44,7 +68,9 @@ class Linear(nnx.Module):
         self.num_in_dims = len(in_dims)
         self.dtype = dtype
         self.output_dtype = output_dtype or dtype
-        self.weight = parameter(rngs, (*in_dims, *out_dims), logical_axes, std)
+        self.weight = parameter(
+            rngs, (*in_dims, *out_dims), logical_axes, initializer, math.prod(in_dims)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return weight_product(
@@ -68,12 +94,25 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A vector per token id: [...] int32 to [..., dim] `dtype`."""
 
-    def __init__(self, vocab_size: int, dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        initializer: Initializer,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.dtype = dtype
-        self.weight = parameter(rngs, (vocab_size, dim), (None, "embed"), std)
+        self.weight = parameter(rngs, (vocab_size, dim), (None, "embed"), initializer, dim)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # The cast comes last: the gradient adds up over a token's many occurrences, in float32.
         table = sharding.gather(self.weight[...])
         spec = jax.typeof(tokens).sharding.spec
-        return table.at[tokens].get(out_sharding=sharding.P(*spec, None)).astype(self.dtype)
+        return table.at[tokens].get(out_sharding=P(*spec, None)).astype(self.dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x times the transposed table, for tied embeddings: [..., dim] to [..., vocab] float32."""
+        weight = jnp.transpose(self.weight[...])
+        return weight_product(x.astype(self.dtype), weight, 1, self.dtype, jnp.dtype(jnp.float32))

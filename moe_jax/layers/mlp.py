@@ -6,17 +6,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.layers.linear import Linear
+from moe_jax.layers.linear import Initializer, Linear
 
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)): [..., dim] to [..., dim]."""
 
-    def __init__(self, dim: int, hidden: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        wide: dict[str, Any] = dict(logical_axes=("embed", None), std=std, dtype=dtype, rngs=rngs)
-        self.gate = Linear((dim,), (hidden,), **wide)
-        self.up = Linear((dim,), (hidden,), **wide)
-        self.down = Linear((hidden,), (dim,), (None, "embed"), std=std, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        initializer: Initializer,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shared: dict[str, Any] = dict(initializer=initializer, dtype=dtype, rngs=rngs)
+        self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
+        self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
+        self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

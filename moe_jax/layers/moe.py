@@ -1,4 +1,4 @@
-"""Routed and shared experts (DeepSeek-V3, section 2.1.2)."""
+"""Routed and shared experts (DeepSeek-V3, section 2.1.2; DeepSeek-V2, section 2.2)."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,10 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
-from moe_jax.layers.linear import parameter
+from moe_jax.layers.linear import Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
-from moe_jax.ops import dispatch, routing
+from moe_jax.ops import balance, dispatch, routing
+from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
 
@@ -22,23 +23,32 @@ class RoutingStats(NamedTuple):
     """What a routed layer reports, over all devices.
 
     load_E: [experts] int32, tokens that chose each expert.
-    balance_loss: [] float32, sum over sequences of the sequence-wise loss, without its weight.
-    dropped: [] int32, choices that no round served.
+    share_E: [experts] float32, sum over the same tokens of their normalised scores.
+    z: [] float32, sum over them of the squared log-partition of the router's logits.
+    sequence_losses: sums over sequences, by the names of `balance.sequence_losses`.
+    dropped: [] int32, choices that were not served.
     rounds: [] int32, exchanges that the fullest buffer needed.
     """
 
     load_E: jax.Array
-    balance_loss: jax.Array
+    share_E: jax.Array
+    z: jax.Array
+    sequence_losses: dict[str, jax.Array]
     dropped: jax.Array
     rounds: jax.Array
 
 
 class Router(nnx.Module):
-    """Affinities of tokens to experts: float32 product, sigmoid."""
+    """The gate's weight and, where it steers the choice, its bias."""
 
-    def __init__(self, dim: int, num_experts: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = parameter(rngs, (dim, num_experts), ("embed", None), std)
-        self.bias = RouterBias(jnp.zeros((num_experts,), jnp.float32))
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dim, experts = config.hidden_size, config.moe.num_experts
+        initializer = Initializer(config.initializer, config.initializer_range)
+        self.weight = parameter(rngs, (dim, experts), ("embed", None), initializer, dim)
+        if config.moe.topk_method == "noaux_tc":
+            self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
+        else:
+            self.bias = None
 
 
 class MoE(nnx.Module):
@@ -48,27 +58,39 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
-        moe, dim, std = config.moe, config.hidden_size, config.initializer_range
+        moe, dim = config.moe, config.hidden_size
         self.config = moe
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
-        self.router = Router(dim, moe.num_experts, std=std, rngs=rngs)
-        wide = (moe.num_experts, dim, moe.intermediate_size)
-        narrow = (moe.num_experts, moe.intermediate_size, dim)
-        self.gate = parameter(rngs, wide, ("experts", "embed", None), std)
-        self.up = parameter(rngs, wide, ("experts", "embed", None), std)
-        self.down = parameter(rngs, narrow, ("experts", None, "embed"), std)
+        self.router = Router(config, rngs=rngs)
+        initializer = Initializer(config.initializer, config.initializer_range)
+        hidden = moe.intermediate_size
+        wide, narrow = (moe.num_experts, dim, hidden), (moe.num_experts, hidden, dim)
+        self.gate = parameter(rngs, wide, ("experts", "embed", None), initializer, dim)
+        self.up = parameter(rngs, wide, ("experts", "embed", None), initializer, dim)
+        self.down = parameter(rngs, narrow, ("experts", None, "embed"), initializer, hidden)
         if moe.num_shared_experts:
-            hidden = moe.num_shared_experts * moe.intermediate_size
-            self.shared = SwiGLU(dim, hidden, std=std, dtype=self.dtype, rngs=rngs)
+            self.shared = SwiGLU(
+                dim,
+                moe.num_shared_experts * hidden,
+                initializer=initializer,
+                dtype=self.dtype,
+                rngs=rngs,
+            )
         else:
             self.shared = None
 
-    def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, RoutingStats]:
-        """Padding (`valid_BL` False) is routed nowhere and counted nowhere."""
+    def __call__(
+        self, x_BLD: jax.Array, valid_BL: jax.Array, training: bool
+    ) -> tuple[jax.Array, RoutingStats]:
+        """Padding (`valid_BL` False) is routed nowhere and counted nowhere.
+
+        Only in `training` are tokens dropped, if the config has it so.
+        """
         experts = dispatch.Experts(self.gate[...], self.up[...], self.down[...])
         expert_specs = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, experts)
-        router_weight, bias = self.router.weight[...], self.router.bias[...]
+        router_weight = self.router.weight[...]
+        bias = None if self.router.bias is None else self.router.bias[...]
         router_spec = jax.typeof(router_weight).sharding.spec
 
         def region(x_BLD, valid_BL, router_weight, bias_E, experts):
@@ -77,7 +99,7 @@ class MoE(nnx.Module):
                 experts = jax.tree.map(
                     lambda w, spec: _whole(w, spec, self.dtype), experts, expert_specs
                 )
-            return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts)
+            return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts, training)
 
         routed, stats = jax.shard_map(
             region,
@@ -89,23 +111,32 @@ class MoE(nnx.Module):
                 routed += self.shared(x_BLD)
         return routed, stats
 
-    def _route_and_apply(self, x_BLD, valid_BL, router_weight, bias_E, experts):
+    def _route_and_apply(self, x_BLD, valid_BL, router_weight, bias_E, experts, training):
         config, dim = self.config, x_BLD.shape[-1]
         with jax.named_scope("router"):
             # A narrow product would flip choices between experts of nearly equal score.
-            scores_BLE = jax.nn.sigmoid(
-                jnp.einsum(
-                    "bld,de->ble",
-                    x_BLD.astype(jnp.float32),
-                    router_weight,
-                    precision=jax.lax.Precision.HIGHEST,
-                )
+            logits_BLE = jnp.einsum(
+                "bld,de->ble",
+                x_BLD.astype(jnp.float32),
+                router_weight,
+                precision=jax.lax.Precision.HIGHEST,
             )
-            balance = routing.sequence_balance(scores_BLE, valid_BL, config.num_experts_per_tok)
+            scores_BLE = routing.affinities(logits_BLE, config.scoring_func)
             chosen = routing.route(scores_BLE.reshape(-1, config.num_experts), bias_E, config)
-            ids_TK = jnp.where(
-                valid_BL.reshape(-1, 1), chosen.expert_ids_TK, jnp.int32(config.num_experts)
+            ids_BLK = chosen.expert_ids_TK.reshape(*valid_BL.shape, -1)
+            sequence_losses = balance.sequence_losses(scores_BLE, ids_BLK, valid_BL, config)
+            share_E = jnp.sum(
+                balance.normalized(scores_BLE), axis=(0, 1), where=valid_BL[..., None]
             )
+            z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1)), where=valid_BL)
+            ids_BLK = jnp.where(valid_BL[..., None], ids_BLK, jnp.int32(config.num_experts))
+            load_E = routing.expert_load(ids_BLK, config.num_experts)
+            if training and config.token_dropping != "none":
+                chosen_BLK = chosen.expert_ids_TK.reshape(ids_BLK.shape)
+                best_BLK = jnp.take_along_axis(scores_BLE, chosen_BLK, axis=-1)
+                kept_BLK = kept_choices(ids_BLK, best_BLK, config, BATCH_AXES)
+                ids_BLK = jnp.where(kept_BLK, ids_BLK, jnp.int32(config.num_experts))
+            ids_TK = ids_BLK.reshape(-1, config.num_experts_per_tok)
         with jax.named_scope("dispatch"):
             x_TD = x_BLD.reshape(-1, dim)
             capacity = dispatch.capacity(
@@ -124,13 +155,10 @@ class MoE(nnx.Module):
                 capacity=capacity,
                 combine_dtype=self.combine_dtype,
             )
-        load_E = routing.expert_load(ids_TK, config.num_experts)
         served = jnp.sum((ids_TK < config.num_experts) & (plan.rank_TK < plan.rounds * capacity))
         dropped = jnp.sum(load_E) - served.astype(jnp.int32)
-        load_E, balance_loss, dropped = jax.lax.psum(
-            (load_E, jnp.sum(balance), dropped), BATCH_AXES
-        )
-        stats = RoutingStats(load_E, balance_loss, dropped, plan.rounds)
+        stats = jax.lax.psum((load_E, share_E, z, sequence_losses, dropped), BATCH_AXES)
+        stats = RoutingStats(*stats, plan.rounds)
         return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype), stats
 
 

@@ -1,6 +1,7 @@
 """Causal attention within documents.
 
-Shapes: B batch, L and M query and key length, H heads, Q query/key head dim, V value head dim.
+Shapes: B batch, L and M query and key length, H query heads, G key/value heads, R = H / G query
+heads per key/value head, Q query/key head dim, V value head dim.
 """
 
 import jax
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 
 def attention(
     q_BLHQ: jax.Array,
-    k_BLHQ: jax.Array,
-    v_BLHV: jax.Array,
+    k_BLGQ: jax.Array,
+    v_BLGV: jax.Array,
     segment_ids_BL: jax.Array,
     scale: float,
 ) -> jax.Array:
@@ -19,18 +20,22 @@ def attention(
     Products take the operands as they come and sum in float32; the softmax is float32.
 
     Args:
-      q_BLHQ, k_BLHQ: [batch, length, heads, qk dim].
-      v_BLHV: [batch, length, heads, v dim]; its head dim may differ.
+      q_BLHQ: [batch, length, heads, qk dim].
+      k_BLGQ: [batch, length, key/value heads, qk dim]; neighbouring query heads share one of them.
+      v_BLGV: [batch, length, key/value heads, v dim]; its head dim may differ.
       segment_ids_BL: [batch, length] int32; a position attends to its own id only.
       scale: factor on the scores.
     Returns:
       [batch, length, heads, v dim] in v's dtype.
     """
-    length = q_BLHQ.shape[1]
-    scores = jnp.einsum("blhq,bmhq->bhlm", q_BLHQ, k_BLHQ, preferred_element_type=jnp.float32)
+    batch, length, heads, dim = q_BLHQ.shape
+    groups = k_BLGQ.shape[2]
+    q_BLGRQ = q_BLHQ.reshape(batch, length, groups, heads // groups, dim)
+    scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BLGQ, preferred_element_type=jnp.float32)
     causal = jnp.tril(jnp.ones((length, length), jnp.bool))
     same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
     # A position always sees itself, so no row is masked whole.
-    scores = jnp.where((causal & same)[:, None], scores * scale, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLHV.dtype)
-    return jnp.einsum("bhlm,bmhv->blhv", weights, v_BLHV)
+    scores = jnp.where((causal & same)[:, None, None], scores * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGV.dtype)
+    values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BLGV)
+    return values.reshape(batch, length, heads, v_BLGV.shape[-1])

@@ -4,7 +4,6 @@ Nothing of NNX, optax or the mesh is stored, so a checkpoint outlives a library'
 on any mesh. Orbax writes in the background and makes a checkpoint visible only once it is whole.
 """
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from moe_jax.config import UserError
+from moe_jax.interop.orbax_files import quiet
 
 Tree = Any
 
@@ -41,9 +40,7 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run under `directory`, by step."""
 
     def __init__(self, directory: Path, keep: int):
-        # Orbax tells of every phase of every save at INFO.
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        logging.getLogger("orbax").setLevel(logging.WARNING)
+        quiet()
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -1,6 +1,7 @@
 """A training run, from top to bottom."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ from moe_jax.config import Config, UserError, to_dict
 from moe_jax.data.corpus import Corpus, open_corpus, split_holdout
 from moe_jax.data.curriculum import stage_at
 from moe_jax.data.loader import train_batches
-from moe_jax.data.tokenizer import BOUNDARY, ByteTokenizer
-from moe_jax.inference.decoding import sample
+from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.inference.generation import Generator
+from moe_jax.inference.sampling import Sampling
+from moe_jax.interop.weights import load_weights
+from moe_jax.models.language_model import LanguageModel
 from moe_jax.planning.machine import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.training import resume, summary
@@ -25,7 +29,7 @@ from moe_jax.training.checkpoint import Checkpoints, check_writable
 from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.metrics import MetricsWriter
-from moe_jax.training.step import Tree, init_state, make_logits, make_train_step
+from moe_jax.training.step import Tree, first_state, init_state, make_train_step
 from moe_jax.training.timing import Clock, CompiledByShape, Trace
 
 
@@ -65,8 +69,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         )
         stack.enter_context(jax.set_mesh(mesh))
         first_step, data_state, state = start(config, mesh, checkpoints, corpus, display)
-        total, active = count_parameters(state["parameters"], state["router_bias"], config.model)
-        display.line(summary.model(total, active))
+        count = count_parameters(state["parameters"], state["router_bias"], config.model)
+        display.line(summary.model(count))
 
         batches = stack.enter_context(
             contextlib.closing(train_batches(config, corpus, train_spans, share, data_state))
@@ -105,7 +109,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
                 metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
                 length = stage_at(config, step - 1).sequence_length
                 speed = clock.tokens_per_second(step)
-                mfu = speed * training_operations(config.model, active, length) / peak
+                mfu = speed * training_operations(config.model, count, length) / peak
                 left = (training.num_steps - step) * training.tokens_per_step / speed
                 row = {
                     "step": step,
@@ -144,9 +148,16 @@ def start(
 ) -> tuple[int, dict[str, Any] | None, Tree]:
     """The step to go on from, the data's state there (None: at the beginning), and the state."""
     init = jax.jit(lambda: init_state(config))
-    step = checkpoints.latest()
-    if step is None:
+    step, source = checkpoints.latest(), config.training.init_from
+    if step is None and source is None:
         return 0, None, init()
+    if step is None:
+        weights = load_weights(source, config.model, mesh)
+        display.line(f"weights     of {source}")
+        display.lines([f"            {text}" for text in weights.notes])
+        # Donated: two copies of a large model need not fit.
+        make = jax.jit(functools.partial(first_state, config), donate_argnums=(0, 1))
+        return 0, None, make(weights.parameters, weights.router_bias)
     document = checkpoints.document(step)
     place = f"checkpoint {step} in {checkpoints.directory}"
     changed = resume.check(document, config, corpus.fingerprint, place)
@@ -181,17 +192,15 @@ def global_batch(
 
 def sample_text(config: Config, state: Tree, mesh: Mesh) -> str:
     """What the model makes of the config's prompt."""
-    tokenizer = ByteTokenizer()
-    prompt = tokenizer.encode(config.training.sample_prompt)
-    rows = sample(
-        make_logits(config),
-        state,
-        np.concatenate([[BOUNDARY], prompt]).astype(np.int32),
-        num_tokens=config.training.sample_tokens,
-        mesh=mesh,
-        seed=config.seed,
+    tokenizer, training = ByteTokenizer(), config.training
+    model = LanguageModel(
+        config.model, config.precision, mesh, state["parameters"], state["router_bias"]
     )
-    return tokenizer.decode(rows[0])
+    prompt = tokenizer.prompt(training.sample_prompt)
+    slots = len(prompt) + training.sample_tokens
+    generator = Generator(model, slots=slots, sampling=Sampling(temperature=0.7))
+    (tokens,) = generator([prompt], training.sample_tokens, config.seed)
+    return tokenizer.decode([*prompt, *tokens])
 
 
 def check_data(config: Config, corpus: Corpus, train_spans: int) -> None:

@@ -7,13 +7,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import Config, UserError, to_dict
+from moe_jax.config import Config, UserError, field_names, to_dict
 
-FORMAT = 1
+FORMAT = 2
 # The batches, the model and the state's names depend on these; anything else may change.
 FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_per_step")
+BALANCING = tuple(
+    name
+    for name in field_names("config.model.moe")
+    if name.endswith("_loss_weight")
+    or name in ("bias_update_speed", "num_device_groups", "buffer_factor", "token_dropping")
+    or name in ("capacity_factor", "capacity_group", "undropped_sequences")
+)
 # Of those, what changes nothing. The corpus itself is compared by its fingerprint.
-FREE = ("config.data.source", "config.data.prefetch", "config.data.skip_invalid")
+FREE = (
+    *("config.data.source", "config.data.prefetch", "config.data.skip_invalid"),
+    *(f"config.model.moe.{name}" for name in BALANCING),
+)
 
 
 def describe(config: Config, fingerprint: str, data_state: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 The state is nested dicts of arrays:
   parameters: float32, named as the model names them, stacked [layers, ...].
-  router_bias: one [layers, experts] float32 in a tree of the model's names.
+  router_bias: [layers, experts] float32 in a tree of the model's names; empty without biases.
   optimizer: {"mu", "nu"}, each like parameters.
   ema: like parameters; only if the config asks for it.
   step: [] int32, batches seen; it advances on a skipped update.
   update: [] int32, updates made; it drives moments and schedules.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ import optax
 from flax import nnx
 
 from moe_jax.config import Config
-from moe_jax.models.decoder import Decoder, RouterBias
-from moe_jax.ops import routing
+from moe_jax.models.decoder import Decoder, RouterBias, RoutingStats
+from moe_jax.models.multi_token_prediction import reaches, shifted
+from moe_jax.ops import balance
 from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.training.optimizer import AdamW, learning_rate
 
@@ -46,10 +48,14 @@ def graph(config: Config) -> nnx.GraphDef:
 def init_state(config: Config) -> Tree:
     """The state before the first step. Jit it, so that each device makes its own part only."""
     _, parameters, router_bias = nnx.split(make_model(config), nnx.Param, RouterBias)
-    parameters = nnx.to_pure_dict(parameters)
+    return first_state(config, nnx.to_pure_dict(parameters), nnx.to_pure_dict(router_bias))
+
+
+def first_state(config: Config, parameters: Tree, router_bias: Tree) -> Tree:
+    """The state before the first step, of these weights."""
     state = {
         "parameters": parameters,
-        "router_bias": nnx.to_pure_dict(router_bias),
+        "router_bias": router_bias,
         "optimizer": AdamW(config.optimizer, config.training.num_steps).init(parameters),
         "step": jnp.zeros((), jnp.int32),
         "update": jnp.zeros((), jnp.int32),
@@ -63,83 +69,109 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
     """The function (state, batch) -> (state, metrics).
 
     A batch is a dict of [micro_batches, rows, length] arrays (`data.loader`). The loss of each
-    micro-batch is divided by the loss weights of the whole global batch, and its balance loss by
-    the batch's rows, so gradients, which add in float32, do not depend on how it was cut.
+    micro-batch is divided by the loss weights of the whole global batch, and its balance losses by
+    the batch's rows or micro-batches, so gradients, which add in float32, do not depend on how
+    sequences were shared out.
     """
     graphdef = graph(config)
     optimizer = AdamW(config.optimizer, config.training.num_steps)
-    alpha = config.model.moe.sequence_loss_weight
+    weights = {
+        field.name.removesuffix("_weight"): getattr(config.model.moe, field.name)
+        for field in dataclasses.fields(config.model.moe)
+        if field.name.endswith("_loss_weight")
+    }
 
-    def loss_fn(parameters, router_bias, batch, weight_sum, rows):
+    def loss_fn(parameters, router_bias, batch, scale):
+        """The micro-batch's part of the objective; its parts by name; the routing of its tokens."""
         model = nnx.merge(graphdef, parameters, router_bias)
-        hidden, stats = model.hidden_states(
-            batch["tokens"], batch["segment_ids"], batch["positions"]
-        )
+        inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
+        hidden, stats = model.hidden_states(*inputs, training=True)
         with jax.named_scope("loss"):
-            logits = model.head(hidden)
-            loss = cross_entropy(logits, batch["targets"], batch["loss_weights"]) / weight_sum
-        if stats is None:
-            return loss, (loss, None)
-        return loss + alpha * jnp.sum(stats.balance_loss) / rows, (loss, stats)
+            loss = cross_entropy(model.logits(hidden), batch["targets"], batch["loss_weights"])
+        losses = {"loss": loss * scale.token}
+        objective, routed = losses["loss"], {}
+        if stats is not None:
+            routed["moe_blocks"] = stats
+            tokens = jnp.sum(batch["segment_ids"] > 0)
+            losses |= _balance_losses(stats, tokens, scale, config)
+        if config.model.num_nextn_predict_layers:
+            ahead = model.predict_ahead(hidden, *inputs, training=True)
+            losses["mtp_loss"] = _ahead_loss(model, ahead.hidden_KBLD, batch) * scale.token
+            objective += scale.mtp * losses["mtp_loss"]
+            if ahead.stats is not None:
+                routed["mtp"] = ahead.stats
+                tokens = jnp.sum(reaches(batch["segment_ids"], 1))
+                for name, value in _balance_losses(ahead.stats, tokens, scale, config).items():
+                    losses[name] += value
+        objective += sum(weights[name] * losses[name] for name in weights if name in losses)
+        return objective, (losses, routed)
 
     def gradients(state, batch):
-        weight_sum = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
-        rows = batch["tokens"].shape[0] * batch["tokens"].shape[1]
+        micro_batches, rows, _ = batch["tokens"].shape
+        scale = Scale(
+            token=1.0 / jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0),
+            sequence=1.0 / (micro_batches * rows),
+            micro_batch=1.0 / micro_batches,
+            mtp=mtp_weight(config, state["step"]),
+        )
 
         def micro_step(total, micro_batch):
-            (_, (loss, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state["parameters"], state["router_bias"], micro_batch, weight_sum, rows
+            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state["parameters"], state["router_bias"], micro_batch, scale
             )
-            return jax.tree.map(jnp.add, total, grads), (loss, stats)
+            return jax.tree.map(jnp.add, total, grads), aux
 
         zeros = jax.tree.map(jnp.zeros_like, state["parameters"])
-        grads, (losses, stats) = jax.lax.scan(micro_step, zeros, batch)
-        return grads, jnp.sum(losses), stats
+        grads, (losses, routed) = jax.lax.scan(micro_step, zeros, batch)
+        return grads, jax.tree.map(jnp.sum, losses), routed
 
     def train_step(state, batch):
-        grads, loss, stats = gradients(state, batch)
+        grads, losses, routed = gradients(state, batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             parameters, moments = optimizer.update(
                 grads, state["optimizer"], state["parameters"], state["update"]
             )
+        # Over micro-batches; the mesh's devices are summed already.
+        loads = {name: jnp.sum(stats.load_E, axis=0) for name, stats in routed.items()}
         new = {
             "parameters": parameters,
             "optimizer": moments,
-            "router_bias": state["router_bias"],
+            "router_bias": {
+                name: jax.tree.map(
+                    lambda bias, load=loads[name]: balance.update_bias(
+                        bias, load, config.model.moe.bias_update_speed
+                    ),
+                    biases,
+                )
+                for name, biases in state["router_bias"].items()
+            },
             "update": state["update"] + 1,
         }
         tokens = batch["segment_ids"]
         metrics = {
-            "loss": loss,
+            **losses,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(
                 config.optimizer, config.training.num_steps, state["update"]
             ),
             "packing_efficiency": jnp.sum(tokens > 0) / tokens.size,
         }
-        if stats is not None:
-            # Over micro-batches; the mesh's devices are summed already.
-            load_LE = jnp.sum(stats.load_E, axis=0)
-            new["router_bias"] = jax.tree.map(
-                lambda bias: routing.update_bias(bias, load_LE, config.model.moe.bias_update_speed),
-                state["router_bias"],
-            )
-            balance = jnp.sum(stats.balance_loss) / stats.balance_loss.shape[1]
-            violation_L = routing.max_violation(load_LE)
+        if "moe_blocks" in routed:
+            violation_L = balance.max_violation(loads["moe_blocks"])
             metrics |= {
-                "balance_loss": balance / (tokens.shape[0] * tokens.shape[1]),
                 "max_violation": jnp.mean(violation_L),
                 "max_violation_worst_layer": jnp.max(violation_L),
-                "dispatch_rounds": jnp.max(stats.rounds),
+                "dispatch_rounds": jnp.max(routed["moe_blocks"].rounds),
             }
-        metrics["dropped_tokens"] = jnp.sum(stats.dropped) if stats else jnp.zeros((), jnp.int32)
+        dropped = [jnp.sum(stats.dropped) for stats in routed.values()]
+        metrics["dropped_tokens"] = sum(dropped, start=jnp.zeros((), jnp.int32))
         if "ema" in state:
             new["ema"] = optax.incremental_update(
                 parameters, state["ema"], 1.0 - config.optimizer.ema_decay
             )
         # A loss or gradient that is no number must not reach what training has built up.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
         new = {
             name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), value, state[name])
             for name, value in new.items()
@@ -148,6 +180,51 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         return {**new, "step": state["step"] + 1}, metrics
 
     return train_step
+
+
+class Scale(NamedTuple):
+    """What sums over a micro-batch are multiplied by, so that they add up to means.
+
+    token: [] float32, of sums over tokens, 1 / loss weights of the global batch.
+    sequence: of sums over sequences.
+    micro_batch: of what is a mean of its own in each micro-batch.
+    mtp: [] float32, the weight of multi-token prediction.
+    """
+
+    token: jax.Array
+    sequence: float
+    micro_batch: float
+    mtp: jax.Array
+
+
+def mtp_weight(config: Config, step: jax.Array) -> jax.Array:
+    """lambda at this step, [] float32 (DeepSeek-V3, section 4.2)."""
+    training = config.training
+    if training.mtp_late_from_tokens is None:
+        return jnp.asarray(training.mtp_loss_weight, jnp.float32)
+    # In steps: tokens run past what int32 holds.
+    late = step >= -(-training.mtp_late_from_tokens // training.tokens_per_step)
+    return jnp.where(late, training.mtp_late_loss_weight, training.mtp_loss_weight)
+
+
+def _balance_losses(
+    stats: RoutingStats, tokens: jax.Array, scale: Scale, config: Config
+) -> Metrics:
+    """This micro-batch's part of each balance loss that has a weight, without its weight."""
+    of_batch = balance.batch_losses(stats.load_E, stats.share_E, stats.z, tokens, config.model.moe)
+    return {
+        **{name: jnp.sum(x) * scale.sequence for name, x in stats.sequence_losses.items()},
+        **{name: x * scale.micro_batch for name, x in of_batch.items()},
+    }
+
+
+def _ahead_loss(model: Decoder, hidden_KBLD: jax.Array, batch: Batch) -> jax.Array:
+    """The mean over depths of the loss's sum over tokens (DeepSeek-V3, equations 24 and 25)."""
+    total = jnp.zeros((), jnp.float32)
+    for k, hidden in enumerate(hidden_KBLD, start=1):
+        weights = shifted(batch["loss_weights"], k) * reaches(batch["segment_ids"], k)
+        total += cross_entropy(model.logits(hidden), shifted(batch["targets"], k), weights)
+    return total / len(hidden_KBLD)
 
 
 def make_logits(config: Config) -> Callable[..., jax.Array]:

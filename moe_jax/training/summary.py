@@ -7,6 +7,7 @@ import jax
 
 from moe_jax.config import Config
 from moe_jax.data.corpus import Corpus, Span
+from moe_jax.planning.operations import Parameters
 from moe_jax.training.display import format_bytes, format_count, format_duration
 
 
@@ -19,8 +20,10 @@ def machine(mesh: jax.sharding.Mesh, peak: float, peak_source: str) -> list[str]
     ]
 
 
-def model(total: int, active: int) -> str:
-    return f"parameters  {format_count(total)} in total, {format_count(active)} per token"
+def model(count: Parameters) -> str:
+    text = f"{format_count(count.total)} in total, {format_count(count.active)} per token"
+    ahead = f"; {format_count(count.mtp)} to predict ahead" if count.mtp else ""
+    return f"parameters  {text}{ahead}"
 
 
 def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:

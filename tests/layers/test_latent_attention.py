@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, PrecisionConfig
+from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, PrecisionConfig, RopeConfig
 from moe_jax.layers.latent_attention import LatentAttention
 from moe_jax.ops.rope import rotary_angles
 
@@ -76,6 +76,7 @@ def test_equals_the_equations(q_lora_rank: int | None, sizes: dict[str, int]) ->
             qk_rope_head_dim=ROPE,
             v_head_dim=V,
         ),
+        rope=RopeConfig(theta=THETA),
     )
     rng = np.random.default_rng(0)
     count = int(np.prod(list(sizes.values())))
@@ -97,8 +98,8 @@ def test_equals_the_equations(q_lora_rank: int | None, sizes: dict[str, int]) ->
 
         @jax.jit
         def run(state, x):
-            rotary = rotary_angles(positions, ROPE, THETA)
-            return nnx.merge(graphdef, state)(x, segments, rotary, (NOPE + ROPE) ** -0.5)
+            rotary = rotary_angles(positions, ROPE, config.rope)
+            return nnx.merge(graphdef, state)(x, segments, rotary)
 
         y = run(state, x)
         weights = {

@@ -11,11 +11,12 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
-from moe_jax.layers.linear import Embedding, Linear, RMSNorm
+from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.mlp import SwiGLU
 
 F32 = jnp.dtype("float32")
 BF16 = jnp.dtype("bfloat16")
+HALF, THIRD = Initializer("normal", 0.5), Initializer("normal", 0.3)
 
 
 @pytest.fixture(params=[{"fsdp": 1}, {"fsdp": 2, "expert": 2}], ids=str)
@@ -45,7 +46,7 @@ def _float64(x: jax.Array) -> np.ndarray:
     ids=["plain", "to heads", "from heads"],
 )
 def test_linear_is_a_product(mesh, in_dims, out_dims, axes, equation) -> None:
-    layer = Linear(in_dims, out_dims, axes, std=0.5, dtype=F32, rngs=nnx.Rngs(0))
+    layer = Linear(in_dims, out_dims, axes, initializer=HALF, dtype=F32, rngs=nnx.Rngs(0))
     weight = layer.weight[...]
     chex.assert_shape(weight, (*in_dims, *out_dims))
     x = _rows(mesh, 4, 5, *in_dims)
@@ -57,7 +58,7 @@ def test_linear_is_a_product(mesh, in_dims, out_dims, axes, equation) -> None:
 
 
 def test_linear_narrow_operands_and_wide_result(mesh) -> None:
-    shared = dict(std=0.5, dtype=BF16, rngs=nnx.Rngs(0))
+    shared = dict(initializer=HALF, dtype=BF16, rngs=nnx.Rngs(0))
     narrow = Linear((64,), (8,), ("embed", None), **shared)
     wide = Linear((64,), (8,), ("embed", None), output_dtype=F32, **shared)
     chex.assert_type([narrow.weight[...], wide.weight[...]], jnp.float32)
@@ -70,12 +71,26 @@ def test_linear_narrow_operands_and_wide_result(mesh) -> None:
 
 
 def test_initial_weights_have_their_spread_and_do_not_depend_on_the_mesh(mesh) -> None:
-    weight = Linear((64,), (64,), ("embed", None), std=0.3, dtype=F32, rngs=nnx.Rngs(5)).weight[...]
+    weight = Linear(
+        (64,),
+        (64,),
+        ("embed", None),
+        initializer=THIRD,
+        dtype=F32,
+        rngs=nnx.Rngs(5),
+    ).weight[...]
     assert abs(float(jnp.std(weight)) - 0.3) < 0.02
     assert abs(float(jnp.mean(weight))) < 0.02
     alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(alone):
-        same = Linear((64,), (64,), ("embed", None), std=0.3, dtype=F32, rngs=nnx.Rngs(5))
+        same = Linear(
+            (64,),
+            (64,),
+            ("embed", None),
+            initializer=THIRD,
+            dtype=F32,
+            rngs=nnx.Rngs(5),
+        )
         expected = np.asarray(same.weight[...])
     chex.assert_trees_all_close(np.asarray(weight), expected, rtol=1e-6)
 
@@ -95,18 +110,33 @@ def test_rms_norm(mesh, dtype) -> None:
 
 
 def test_embedding_takes_rows(mesh) -> None:
-    layer = Embedding(16, 8, std=0.5, dtype=F32, rngs=nnx.Rngs(0))
+    layer = Embedding(16, 8, initializer=HALF, dtype=F32, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(1).integers(0, 16, (4, 5)).astype(np.int32)
     placed = jax.device_put(tokens, jax.NamedSharding(mesh, sharding.BATCH))
     table = np.asarray(layer.weight[...])
     chex.assert_trees_all_equal(np.asarray(layer(placed)), table[tokens])
-    assert Embedding(16, 8, std=0.5, dtype=BF16, rngs=nnx.Rngs(0))(placed).dtype == BF16
+    assert Embedding(16, 8, initializer=HALF, dtype=BF16, rngs=nnx.Rngs(0))(placed).dtype == BF16
 
 
 def test_swiglu(mesh) -> None:
-    layer = SwiGLU(6, 10, std=0.5, dtype=F32, rngs=nnx.Rngs(0))
+    layer = SwiGLU(6, 10, initializer=HALF, dtype=F32, rngs=nnx.Rngs(0))
     x = _rows(mesh, 4, 3, 6)
     gate, up, down = (_float64(part.weight[...]) for part in (layer.gate, layer.up, layer.down))
     opened = _float64(x) @ gate
     expected = (opened / (1 + np.exp(-opened)) * (_float64(x) @ up)) @ down
     chex.assert_trees_all_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fan_in_follows_the_inputs_and_is_cut_off(mesh) -> None:
+    """Variance 0.1 / 64, less what the cut takes; nothing beyond two standard deviations."""
+    layer = Linear(
+        (16, 4),
+        (512,),
+        (None, None, None),
+        initializer=Initializer("fan_in", 0.1),
+        dtype=F32,
+        rngs=nnx.Rngs(0),
+    )
+    weight, std = np.asarray(layer.weight[...]), (0.1 / 64) ** 0.5
+    assert np.max(np.abs(weight)) <= 2 * std
+    assert np.std(weight) == pytest.approx(0.88 * std, rel=0.02)

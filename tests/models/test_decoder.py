@@ -13,7 +13,14 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, PrecisionConfig
+from moe_jax.config import (
+    AttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    PrecisionConfig,
+    RopeConfig,
+)
 from moe_jax.models.decoder import Decoder, RouterBias
 from moe_jax.ops.cross_entropy import cross_entropy
 
@@ -32,8 +39,8 @@ CONFIG = ModelConfig(
         qk_nope_head_dim=6,
         qk_rope_head_dim=4,
         v_head_dim=5,
-        rope_theta=50.0,
     ),
+    rope=RopeConfig(theta=50.0),
     moe=MoEConfig(
         num_experts=8,
         num_experts_per_tok=TOP_K,
@@ -143,9 +150,9 @@ def _loss_and_gradients(setup: Setup, batch: Batch):
         targets = jnp.roll(batch.tokens, -1, axis=1)
         follows = jnp.roll(batch.segment_ids, -1, axis=1) == batch.segment_ids
         weights = (follows & (batch.segment_ids > 0)).astype(jnp.float32)
-        total = cross_entropy(model.head(hidden), targets, weights) / jnp.sum(weights)
+        total = cross_entropy(model.logits(hidden), targets, weights) / jnp.sum(weights)
         if stats is not None:
-            total += 0.1 * jnp.sum(stats.balance_loss) / ROWS
+            total += 0.1 * jnp.sum(stats.sequence_losses["sequence_loss"]) / ROWS
         return total, stats
 
     with jax.set_mesh(setup.mesh):
@@ -248,7 +255,7 @@ def test_padding_has_no_influence() -> None:
 
 def test_load_counts_each_real_choice_once() -> None:
     _, stats, _ = _expected(ROUTED)
-    chex.assert_shape([stats.load_E, stats.balance_loss, stats.dropped], [(2, 8), (2,), (2,)])
+    chex.assert_shape([stats.load_E, stats.z, stats.dropped], [(2, 8), (2,), (2,)])
     chex.assert_trees_all_equal(
         stats.load_E.sum(axis=1), np.full(2, TOP_K * np.sum(_batch().segment_ids > 0))
     )
@@ -281,7 +288,8 @@ def _assert_same(result, expected, *, rounds: bool) -> None:
         chex.assert_trees_all_equal(
             (stats.load_E, stats.dropped), (expected_stats.load_E, expected_stats.dropped)
         )
-        chex.assert_trees_all_close(stats.balance_loss, expected_stats.balance_loss, rtol=2e-5)
+        sums = [(s.sequence_losses, s.share_E, s.z) for s in (stats, expected_stats)]
+        chex.assert_trees_all_close(*sums, rtol=2e-5)
     if rounds:
         chex.assert_trees_all_equal(stats.rounds, expected_stats.rounds)
     # The tolerance of an entry is in units of its parameter's largest gradient.

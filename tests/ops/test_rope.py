@@ -1,14 +1,19 @@
 """Rotary position embedding, against complex numbers."""
 
+import dataclasses
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.rope import apply_rotary, rotary_angles
+from moe_jax.config import RopeConfig
+from moe_jax.ops.rope import apply_rotary, frequencies, rotary_angles, score_correction
 
 DIM, THETA = 6, 50.0
+ROPE = RopeConfig(theta=THETA)
 
 
 def _rotated(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
@@ -29,23 +34,25 @@ def test_equals_complex_rotation() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3, DIM)).astype(np.float32)
     positions = rng.integers(0, 200, (2, 5)).astype(np.int32)
-    rotary = rotary_angles(jnp.asarray(positions), DIM, THETA)
+    rotary = rotary_angles(jnp.asarray(positions), DIM, ROPE)
     chex.assert_shape(rotary, (2, 5, DIM // 2))
     chex.assert_trees_all_close(
-        apply_rotary(jnp.asarray(x), rotary), _rotated(x, positions, THETA), atol=5e-5
+        apply_rotary(jnp.asarray(x), rotary, True), _rotated(x, positions, THETA), atol=5e-5
     )
 
 
 def test_pairs_are_neighbours() -> None:
     """What starts in one pair stays in it, and the first pair turns by one radian a position."""
     x = jnp.zeros((1, 1, 1, DIM)).at[..., 2].set(1.0)
-    turned = apply_rotary(x, rotary_angles(jnp.ones((1, 1), jnp.int32), DIM, THETA))[0, 0, 0]
+    turned = apply_rotary(x, rotary_angles(jnp.ones((1, 1), jnp.int32), DIM, ROPE), True)[0, 0, 0]
     angle = THETA ** (-2 / DIM)
     chex.assert_trees_all_close(
         turned, np.array([0, 0, np.cos(angle), np.sin(angle), 0, 0]), atol=1e-6
     )
     first = jnp.zeros((1, 1, 1, DIM)).at[..., 0].set(1.0)
-    turned = apply_rotary(first, rotary_angles(jnp.ones((1, 1), jnp.int32), DIM, THETA))[0, 0, 0]
+    turned = apply_rotary(first, rotary_angles(jnp.ones((1, 1), jnp.int32), DIM, ROPE), True)[
+        0, 0, 0
+    ]
     chex.assert_trees_all_close(turned[:2], np.array([np.cos(1), np.sin(1)]), atol=1e-6)
 
 
@@ -55,7 +62,7 @@ def test_products_depend_on_the_distance_only() -> None:
 
     def product(query_position: int, key_position: int) -> jax.Array:
         def turned(x: jax.Array, position: int) -> jax.Array:
-            return apply_rotary(x, rotary_angles(jnp.full((1, 1), position), DIM, THETA))
+            return apply_rotary(x, rotary_angles(jnp.full((1, 1), position), DIM, ROPE), True)
 
         return jnp.sum(turned(q, query_position) * turned(k, key_position))
 
@@ -66,9 +73,96 @@ def test_products_depend_on_the_distance_only() -> None:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_turns_in_float32_and_keeps_the_dtype(dtype: jnp.dtype) -> None:
     x = jax.random.normal(jax.random.key(0), (1, 4, 2, DIM)).astype(dtype)
-    rotary = rotary_angles(jnp.arange(4)[None] * 100, DIM, THETA)
-    turned = apply_rotary(x, rotary)
+    rotary = rotary_angles(jnp.arange(4)[None] * 100, DIM, ROPE)
+    turned = apply_rotary(x, rotary, True)
     chex.assert_type(rotary, jnp.float32)
     assert turned.dtype == dtype
-    wide = apply_rotary(x.astype(jnp.float32), rotary)
+    wide = apply_rotary(x.astype(jnp.float32), rotary, True)
     chex.assert_trees_all_equal(turned, wide.astype(dtype))
+
+
+def test_half_split_pairs_are_the_same_rotation_of_other_dims() -> None:
+    x = np.random.default_rng(2).normal(size=(2, 3, 2, DIM)).astype(np.float32)
+    rotary = rotary_angles(jnp.arange(6, dtype=jnp.int32).reshape(2, 3), DIM, ROPE)
+    order = [0, 3, 1, 4, 2, 5]  # interleaved place i holds dim order[i]
+    expected = np.empty_like(x)
+    expected[..., order] = apply_rotary(jnp.asarray(x[..., order]), rotary, True)
+    chex.assert_trees_all_equal(np.asarray(apply_rotary(jnp.asarray(x), rotary, False)), expected)
+
+
+def _yarn(dim: int, config: RopeConfig) -> list[float]:
+    """Peng et al. 2023, section 3.2, one pair at a time."""
+    result = []
+    for i in range(dim // 2):
+        plain = config.theta ** (-2 * i / dim)
+        borders = []
+        for turns in (config.beta_fast, config.beta_slow):
+            length = config.original_max_position_embeddings / (2 * math.pi * turns)
+            borders.append(dim / 2 * math.log(length, config.theta))
+        low, high = borders
+        if config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 0.001 * (low == high)
+        kept = 1 - min(max((i - low) / (high - low), 0), 1)
+        result.append(plain * kept + plain / config.factor * (1 - kept))
+    return result
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"truncate": False},
+        {"factor": 1.0},
+        {"beta_fast": 4.0, "beta_slow": 2.0},
+        {"original_max_position_embeddings": 8},
+        {"original_max_position_embeddings": 1},  # nothing turns: a ramp without width
+    ],
+    ids=str,
+)
+def test_yarn_frequencies(changes: dict) -> None:
+    fields = dict(theta=1e4, factor=40.0, original_max_position_embeddings=4096)
+    config = RopeConfig(scaling="yarn", **(fields | changes))
+    chex.assert_trees_all_close(frequencies(64, config), np.array(_yarn(64, config)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor", "correction"),
+    [
+        ({}, 0.1 * math.log(40) + 1, 1.0),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0, (0.1 * math.log(40) + 1) ** 2),
+        (
+            {"mscale": 2.0, "mscale_all_dim": 0.5},
+            (0.2 * math.log(40) + 1) / (0.05 * math.log(40) + 1),
+            (0.05 * math.log(40) + 1) ** 2,
+        ),
+        ({"attention_factor": 1.7, "mscale_all_dim": 1.0}, 1.7, (0.1 * math.log(40) + 1) ** 2),
+        ({"factor": 1.0}, 1.0, 1.0),
+    ],
+    ids=str,
+)
+def test_yarn_scales_angles_and_scores(changes: dict, factor: float, correction: float) -> None:
+    config = RopeConfig(scaling="yarn", **({"factor": 40.0} | changes))
+    rotary = rotary_angles(jnp.zeros((1, 1), jnp.int32), DIM, config)
+    chex.assert_trees_all_close(rotary.cos, np.full((1, 1, DIM // 2), factor), rtol=1e-6)
+    assert score_correction(config) == pytest.approx(correction)
+    assert score_correction(dataclasses.replace(config, scaling="none")) == 1.0
+
+
+def test_llama3_frequencies() -> None:
+    """Long waves are stretched, short ones are not, between them it is a mean of the two."""
+    config = RopeConfig(
+        theta=5e5, scaling="llama3", factor=8.0, original_max_position_embeddings=8192
+    )
+    for i, found in enumerate(frequencies(128, config)):
+        plain = 5e5 ** (-2 * i / 128)
+        wave = 2 * math.pi / plain
+        if wave < 8192 / 4:
+            expected = plain
+        elif wave > 8192 / 1:
+            expected = plain / 8
+        else:
+            smooth = (8192 / wave - 1) / (4 - 1)
+            expected = (1 - smooth) * plain / 8 + smooth * plain
+        assert found == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The gate, its balance loss and its bias, against loops over tokens."""
+"""The gate, against loops over tokens."""
 
 import chex
 import jax
@@ -33,8 +33,10 @@ def _chosen(scores: np.ndarray, bias: np.ndarray, config: MoEConfig) -> list[int
     groups, size = config.num_expert_groups, config.num_experts // config.num_expert_groups
     biased = {i: float(np.float32(scores[i]) + np.float32(bias[i])) for i in range(len(scores))}
     members = [range(g * size, (g + 1) * size) for g in range(groups)]
-    group_score = [sum(sorted((biased[i] for i in m), reverse=True)[:2]) for m in members]
-    kept = sorted(range(groups), key=lambda g: -group_score[g])[: config.num_limited_groups]
+    best = {"noaux_tc": 2, "group_limited_greedy": 1, "greedy": 1}[config.topk_method]
+    group_score = [sum(sorted((biased[i] for i in m), reverse=True)[:best]) for m in members]
+    limit = groups if config.topk_method == "greedy" else config.num_limited_groups
+    kept = sorted(range(groups), key=lambda g: -group_score[g])[:limit]
     candidates = [i for g in kept for i in members[g]]
     return sorted(candidates, key=lambda i: -biased[i])[: config.num_experts_per_tok]
 
@@ -55,6 +57,9 @@ BIASES = {
         {"num_limited_groups": 1},
         {"num_expert_groups": 12, "num_limited_groups": 5},  # groups of one expert
         {"norm_topk_prob": False},
+        {"topk_method": "group_limited_greedy"},
+        {"topk_method": "group_limited_greedy", "num_limited_groups": 1},
+        {"topk_method": "greedy", "norm_topk_prob": False},
         {"num_experts_per_tok": 1, "routed_scaling_factor": 1.0},
     ],
     ids=str,
@@ -119,71 +124,7 @@ def test_scores_get_the_gradient_of_the_weights() -> None:
         chex.assert_trees_all_close(gradient[t], expected, atol=1e-5)
 
 
-def _balance(scores: np.ndarray, valid: np.ndarray, top_k: int) -> float:
-    """Equations 17 to 20 for one sequence."""
-    experts, tokens = scores.shape[1], [t for t in range(len(scores)) if valid[t]]
-    total = 0.0
-    for i in range(experts):
-        f = p = 0.0
-        for t in tokens:
-            best = sorted(range(experts), key=lambda j: -scores[t, j])[:top_k]
-            f += experts / (top_k * len(tokens)) * (i in best)
-            p += float(scores[t, i]) / float(scores[t].astype(np.float64).sum()) / len(tokens)
-        total += f * p
-    return total
-
-
-def test_sequence_balance_equals_the_equations() -> None:
-    scores = _scores(5, tokens=4 * 9, experts=8).reshape(4, 9, 8)
-    valid = np.ones((4, 9), bool)
-    valid[1, 6:] = valid[2, :] = False
-    valid[3, ::2] = False
-    result = routing.sequence_balance(scores, valid, 3)
-    chex.assert_shape(result, (4,))
-    for s in range(4):
-        chex.assert_trees_all_close(result[s], _balance(scores[s], valid[s], 3), rtol=1e-5)
-    assert result[2] == 0
-    gradient = jax.grad(lambda x: jnp.sum(routing.sequence_balance(x, valid, 3)))(scores)
-    chex.assert_tree_all_finite(gradient)
-    chex.assert_trees_all_equal(gradient[~valid], np.zeros(gradient[~valid].shape))
-    assert jnp.all(jnp.any(gradient[valid] != 0, axis=-1))
-
-
-def test_sequence_balance_gradient_is_that_of_the_mean_scores() -> None:
-    """The choice is constant: a step changes P_i, not f_i."""
-    scores = _scores(6, tokens=5, experts=6)
-    step = np.random.default_rng(0).normal(size=scores.shape)
-    derivative = jax.jvp(
-        lambda x: routing.sequence_balance(x, jnp.ones((1, 5), bool), 2)[0],
-        (scores[None],),
-        (step[None].astype(np.float32),),
-    )[1]
-    ends = [_balance(scores + h * step, np.ones(5, bool), 2) for h in (1e-5, -1e-5)]
-    chex.assert_trees_all_close(derivative, (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
-
-
-def test_sequence_balance_is_one_at_perfect_balance_and_larger_beyond() -> None:
-    even = np.full((4, 4), 0.2, np.float32) + 0.6 * np.eye(4, dtype=np.float32)
-    result = routing.sequence_balance(even[None], jnp.ones((1, 4), bool), 1)
-    chex.assert_trees_all_close(result, np.ones(1), rtol=1e-6)
-    skewed = np.tile(even[:1], (4, 1))
-    assert routing.sequence_balance(skewed[None], jnp.ones((1, 4), bool), 1)[0] > 1.5
-
-
 def test_expert_load_counts_ids_in_range() -> None:
     ids = jnp.array([[0, 3], [3, 1], [4, 4], [-1, 3]])
     load = routing.expert_load(ids, 4)
     chex.assert_trees_all_equal(load, jnp.array([1, 1, 0, 3], jnp.int32))
-
-
-def test_max_violation() -> None:
-    load = jnp.array([[4, 4, 4, 4], [0, 16, 0, 0], [1, 2, 3, 6], [0, 0, 0, 0]], jnp.int32)
-    chex.assert_trees_all_close(routing.max_violation(load), np.array([0.0, 3.0, 1.0, 0.0]))
-
-
-def test_update_bias_moves_towards_balance_by_its_speed() -> None:
-    bias = jnp.array([[0.5, -0.5, 0.0], [1.0, 1.0, 1.0]])
-    load = jnp.array([[0, 3, 9], [4, 4, 4]], jnp.int32)
-    expected = np.array([[0.51, -0.49, -0.01], [1.0, 1.0, 1.0]])
-    # The mean is 4: one expert is over-loaded, and equal loads move nothing.
-    chex.assert_trees_all_close(routing.update_bias(bias, load, 0.01), expected, rtol=1e-6)

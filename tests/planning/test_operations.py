@@ -1,10 +1,9 @@
-"""Parameters and operations against counts by hand and the sizes that DeepSeek published."""
+"""Parameters and operations against counts by hand; test_configs.py has the published sizes."""
 
 import dataclasses
 from typing import Any
 
 import jax
-import pytest
 from flax import nnx
 
 from moe_jax import sharding
@@ -16,7 +15,7 @@ from moe_jax.config import (
     PrecisionConfig,
 )
 from moe_jax.models.decoder import Decoder, RouterBias
-from moe_jax.planning.operations import count_parameters, training_operations
+from moe_jax.planning.operations import Parameters, count_parameters, training_operations
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -33,48 +32,6 @@ SMALL = ModelConfig(
         v_head_dim=7,
     ),
     moe=MoEConfig(num_experts=8, num_experts_per_tok=2, num_shared_experts=2, intermediate_size=9),
-)
-HEADS = AttentionConfig(
-    num_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
-# Sizes from the configurations that DeepSeek published.
-V3 = ModelConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    first_k_dense_replace=3,
-    intermediate_size=18432,
-    attention=HEADS,
-    moe=MoEConfig(
-        num_experts=256, num_experts_per_tok=8, num_shared_experts=1, intermediate_size=2048
-    ),
-)
-V2 = ModelConfig(
-    vocab_size=102400,
-    hidden_size=5120,
-    num_hidden_layers=60,
-    first_k_dense_replace=1,
-    intermediate_size=12288,
-    attention=HEADS,
-    moe=MoEConfig(
-        num_experts=160, num_experts_per_tok=6, num_shared_experts=2, intermediate_size=1536
-    ),
-)
-V2_LITE = ModelConfig(
-    vocab_size=102400,
-    hidden_size=2048,
-    num_hidden_layers=27,
-    first_k_dense_replace=1,
-    intermediate_size=10944,
-    attention=dataclasses.replace(HEADS, num_heads=16, q_lora_rank=None),
-    moe=MoEConfig(
-        num_experts=64, num_experts_per_tok=6, num_shared_experts=2, intermediate_size=1408
-    ),
 )
 
 
@@ -96,8 +53,9 @@ def test_a_small_model_by_hand() -> None:
     routed = attention + norms + 6 * 8 + (8 + 2) * one_expert
     outside = 2 * 11 * 6 + 6  # embedding and head, the last norm
     bias = 2 * 8
-    total, active = count_parameters(*_shapes(SMALL), SMALL)
+    total, active, mtp = count_parameters(*_shapes(SMALL), SMALL)
     assert total == outside + dense + 2 * routed + bias
+    assert mtp == 0
     assert active == total - bias - 2 * (8 - 2) * one_expert
 
 
@@ -117,24 +75,8 @@ def test_a_model_without_routed_layers_uses_all_its_parameters() -> None:
     config = dataclasses.replace(SMALL, first_k_dense_replace=3)
     parameters, router_bias = _shapes(config)
     assert not jax.tree.leaves(router_bias)
-    total, active = count_parameters(parameters, router_bias, config)
+    total, active, _ = count_parameters(parameters, router_bias, config)
     assert total == active > 0
-
-
-@pytest.mark.parametrize(
-    ("config", "total", "active"),
-    [(V3, 671_026_419_200, 37_552_282_624), (V2, 235_741_434_880, None)]
-    + [(V2_LITE, 15_706_484_224, None)],
-    ids=["V3", "V2", "V2-Lite"],
-)
-def test_published_sizes(config: ModelConfig, total: int, active: int | None) -> None:
-    parameters, router_bias = _shapes(config)
-    if config is not V3:
-        router_bias = {}  # V2 balances by losses alone
-    counted = count_parameters(parameters, router_bias, config)
-    assert counted[0] == total
-    if active is not None:
-        assert counted[1] == active
 
 
 def test_operations_by_hand() -> None:
@@ -142,11 +84,31 @@ def test_operations_by_hand() -> None:
     # scores p + 1 keys of 3 + 2 dims and adds up as many values of 7: half of all, in a long row.
     products = 1000 - 11 * 6
     scores = 3 * 2 * (3 + 2 + 7) * 32 / 2
-    assert training_operations(SMALL, 1000, 32) == 6 * (products + scores)
+    count = Parameters(total=5000, active=1000, mtp=0)
+    assert training_operations(SMALL, count, 32) == 6 * (products + scores)
+    # A tied table is the head as well.
+    tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    assert training_operations(tied, count, 32) == 6 * (1000 + scores)
 
 
-def test_operations_of_v3_grow_with_the_length() -> None:
-    active = 37_552_282_624
-    at_4k, at_8k = (training_operations(V3, active, length) for length in (4096, 8192))
-    assert at_8k - at_4k == 6 * 61 * 128 * (128 + 64 + 128) * 2048
-    assert 6 * (active - 129280 * 7168) < at_4k < 1.2 * 6 * active
+def test_operations_of_grouped_queries() -> None:
+    heads = AttentionConfig(kind="grouped_query", num_heads=4, num_key_value_heads=2, head_dim=10)
+    config = dataclasses.replace(SMALL, attention=heads)
+    scores = 3 * 4 * (10 + 10) * 32 / 2
+    count = Parameters(total=5000, active=1000, mtp=0)
+    assert training_operations(config, count, 32) == 6 * (1000 - 11 * 6 + scores)
+
+
+def test_what_predicts_ahead_reads_its_experts_and_the_head_once_more() -> None:
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=2)
+    count = count_parameters(*_shapes(config), config)
+    plain = count_parameters(*_shapes(SMALL), SMALL)
+    one_expert = 3 * 6 * 9
+    block = 6 * 5 + 5 + 5 * 2 * 5 + 6 * 6 + 4 + 4 * 2 * 10 + 2 * 7 * 6 + 2 * 6
+    block += 6 * 8 + 8 + (8 + 2) * one_expert
+    assert count == (plain.total, plain.active, 2 * (block + 2 * 6 * 6 + 3 * 6))
+    more = count.mtp - 2 * (8 - 2) * one_expert - 2 * 8 + 2 * 11 * 6
+    scores = 2 * 2 * (3 + 2 + 7) * 32 / 2
+    assert training_operations(config, count, 32) == training_operations(SMALL, plain, 32) + 6 * (
+        more + scores
+    )

@@ -216,7 +216,7 @@ def whole() -> Whole:
             hidden, stats = model.hidden_states(
                 *(batch[name][0] for name in ("tokens", "segment_ids", "positions"))
             )
-            return model.head(hidden), stats.load_E, *eval_step(state, batch)
+            return model.logits(hidden), stats.load_E, *eval_step(state, batch)
 
         batch = jax.device_put(_batch(), sharding.batch_sharding(_mesh(())))
         return Whole(*jax.device_get(call(jax.device_put(_state(), _layout(())), batch)))

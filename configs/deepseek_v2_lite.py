@@ -1,0 +1,57 @@
+"""DeepSeek-V2-Lite in pre-training: 15.7 B parameters, 2.4 B per token.
+
+    python -m moe_jax.main --config=configs/deepseek_v2_lite.py
+    python -m moe_jax.main --config=configs/deepseek_v2_lite.py:tiny    # the same on a laptop
+
+Sizes and schedule are those of DeepSeek-V2's report (arXiv 2405.04434, appendix B), but for the
+learning rate: warm-up and one cosine here. Queries are not compressed, and routing knows no groups.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import default_config, sized
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = default_config()
+
+    model = config.model
+    model.vocab_size = 102400
+    model.hidden_size = 2048
+    model.num_hidden_layers = 27
+    model.first_k_dense_replace = 1
+    model.intermediate_size = 10944
+    model.max_position_embeddings = 4096
+    model.initializer_range = 0.006
+    attention = model.attention
+    attention.num_heads = 16
+    attention.q_lora_rank = None
+    attention.kv_lora_rank = 512
+    attention.qk_nope_head_dim = 128
+    attention.qk_rope_head_dim = 64
+    attention.v_head_dim = 128
+    moe = model.moe
+    moe.num_experts = 64
+    moe.num_experts_per_tok = 6
+    moe.num_shared_experts = 2
+    moe.intermediate_size = 1408
+    moe.scoring_func = "softmax"
+    moe.topk_method = "greedy"
+    moe.num_expert_groups = 1
+    moe.num_limited_groups = 1
+    moe.norm_topk_prob = False
+    moe.routed_scaling_factor = 1.0
+    moe.sequence_loss_weight = 0.0
+    moe.expert_loss_weight = 0.001
+
+    config.mesh.expert = 8
+    config.optimizer.peak_lr = 4.2e-4
+    config.optimizer.final_lr = 4.2e-5
+    config.optimizer.warmup_steps = 2000
+    config.data.num_streams = 512
+    config.data.stages = ({"sequence_length": 4096, "tokens": None},)
+    config.training.tokens_per_step = 4608 * 4096
+    config.training.micro_batches = 9
+    config.training.num_steps = 302_000  # 5.7 T tokens
+    config.checkpoint.every_steps = 500
+    return sized(config, size)

@@ -1,0 +1,59 @@
+"""The cache of generated text: what it holds, and how many bytes that is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax import sharding
+from moe_jax.config import ModelConfig
+from moe_jax.models.decoder import Cache
+
+
+def with_slots(entries: Cache, slots: int) -> Cache:
+    """A cache [layers, batch, slots, ...] that begins with the entries of prompts."""
+
+    def fill(e: jax.Array) -> jax.Array:
+        return jnp.pad(e, [(0, 0), (0, 0), (0, slots - e.shape[2])] + [(0, 0)] * (e.ndim - 3))
+
+    return jax.tree.map(fill, entries)
+
+
+def values_per_token(config: ModelConfig, speculative: bool = False) -> int:
+    """Values that a token takes in all layers (DeepSeek-V2, table 1).
+
+    With speculation, the module that drafts is one more layer.
+    """
+    attention = config.attention
+    if attention.kind == "latent":
+        one_layer = attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        one_layer = 2 * attention.num_key_value_heads * attention.head_dim
+    return (config.num_hidden_layers + speculative) * one_layer
+
+
+def of_heads(config: ModelConfig, heads: int, speculative: bool = False) -> int:
+    """The same for keys and values of so many heads, not compressed."""
+    attention = config.attention
+    dim = attention.qk_nope_head_dim if attention.kind == "latent" else attention.head_dim
+    return (config.num_hidden_layers + speculative) * 2 * heads * dim
+
+
+def describe(
+    config: ModelConfig, slots: int, prompts: int, mesh: Mesh, dtype: Any, speculative: bool = False
+) -> list[str]:
+    """The cache's size for a person, beside that of other kinds of attention."""
+    itemsize = jnp.dtype(dtype).itemsize
+    mine, heads = values_per_token(config, speculative), config.attention.num_heads
+    rows = prompts + -prompts % sharding.num_shards(dict(mesh.shape), sharding.BATCH_AXES)
+    total = mine * itemsize * slots * rows
+    size = f"{total / 2**20:,.1f} MiB" if total >= 2**20 else f"{total / 2**10:,.1f} KiB"
+    of = f"{rows} row{'s' * (rows > 1)} of {slots:,}"
+    lines = [f"cache       {mine * itemsize:,} bytes per token; {size} for {of}"]
+    for name, count in ((f"all {heads} heads", heads), ("8 groups of heads", 8)):
+        other = of_heads(config, count, speculative)
+        if count <= heads and other != mine:
+            size = f"{other * itemsize:,} bytes, {other / mine:.1f}x"
+            lines.append(f"            {size}, with keys and values of {name}")
+    return lines

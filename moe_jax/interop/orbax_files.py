@@ -1,0 +1,148 @@
+"""Our checkpoints as arrays that are read and written in parts.
+
+A checkpoint is a folder of two items: `state`, nested dicts of arrays in Orbax's format, and
+`document`, JSON with the config. Training writes one a step under WORKDIR/checkpoints; a converted
+one stands alone and holds `parameters` and `router_bias` only.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging as absl_logging
+
+from moe_jax.config import ModelConfig, UserError, build
+from moe_jax.interop.lazy import Index, Lazy, Tree, piece_shape, pieces, unflatten
+
+WEIGHTS = ("parameters", "router_bias")
+
+
+def quiet() -> None:
+    """Orbax tells of every phase of every save at INFO."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("orbax").setLevel(logging.WARNING)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint at a path: itself, or the newest of a work directory or its checkpoints.
+
+    None if there is none.
+    """
+    if (path / "state" / "_METADATA").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir():
+            steps = [p for p in folder.iterdir() if p.name.isdecimal() and (p / "state").is_dir()]
+            if steps:
+                return max(steps, key=lambda p: int(p.name))
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[ModelConfig, Tree]:
+    """The model's config and its weights: {"parameters": ..., "router_bias": ...} of `Lazy`.
+
+    Raises:
+      ValueError: the checkpoint lacks a file, or was written by another version.
+    """
+    document, metadata = path / "document" / "metadata", path / "state" / "_METADATA"
+    for file in (document, metadata):
+        if not file.is_file():
+            raise UserError(f"checkpoint {path} is not whole: {file} is missing")
+    config = json.loads(document.read_text())["config"]
+    try:
+        model = build(ModelConfig, config["model"], "config.model")
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is of another version: {error}") from None
+    described = json.loads(metadata.read_text())
+    paths = [
+        tuple(key["key"] for key in entry["key_metadata"])
+        for entry in described["tree_metadata"].values()
+    ]
+    driver = "zarr3" if described["use_zarr3"] else "zarr"
+    opened = {
+        names: ts.open(_spec(path / "state", names, driver, described["use_ocdbt"]), open=True)
+        for names in paths
+        if names[0] in WEIGHTS and len(names) > 1
+    }
+    leaves = {}
+    for names, future in opened.items():
+        try:
+            leaves[names] = _lazy(future.result(), path, names)
+        except ValueError as error:
+            raise UserError(f"checkpoint {path} is damaged at {'/'.join(names)}: {error}") from None
+    return model, unflatten(leaves)
+
+
+def _spec(state: Path, names: tuple[str, ...], driver: str, use_ocdbt: bool) -> dict[str, Any]:
+    base, name = f"file://{state.absolute()}/", ".".join(names)
+    if not use_ocdbt:
+        return {"driver": driver, "kvstore": f"{base}{name}/"}
+    return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+
+
+def _lazy(store: Any, path: Path, names: tuple[str, ...]) -> Lazy:
+    def read(index: Index) -> np.ndarray:
+        value = store[index].read().result()
+        if not np.all(np.isfinite(value)):
+            raise UserError(
+                f"{'/'.join(names)} of checkpoint {path} holds values that are not finite numbers"
+            )
+        return value
+
+    return Lazy(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read)
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a `Lazy` piece by piece, in the format of an ordinary array."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._advance = advance
+        self._one_at_a_time = asyncio.Lock()
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        # Chunks as large as pieces: a larger chunk would be held in memory until it is full.
+        tspec["metadata"]["chunks"] = piece_shape(value.shape, value.dtype.itemsize)
+        async with self._one_at_a_time:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for index in pieces(value.shape, value.dtype.itemsize):
+                piece = value.read(index)
+                await store[index].write(piece)
+                self._advance(piece.nbytes)
+
+
+def write_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    weights: Tree,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes a checkpoint that stands alone; it appears at `path` only once it is whole.
+
+    Args:
+      config: with the model's under "model".
+      weights: {"parameters": ..., "router_bias": ...} of `Lazy`.
+      advance: told of every piece's bytes.
+    """
+    quiet()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Lazy, _LazyHandler(advance)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        document=ocp.JsonCheckpointHandler(),
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            path.absolute(),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(weights), document=ocp.args.JsonSave({"config": config})
+            ),
+        )

@@ -1,0 +1,100 @@
+"""A decoder with its weights on a mesh, ready to call."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from moe_jax import sharding
+from moe_jax.config import ModelConfig, PrecisionConfig
+from moe_jax.models.decoder import Decoder, RouterBias
+
+Tree = Any  # nested dicts of arrays
+
+
+class LanguageModel:
+    """`model(tokens)` gives logits; the arrays are `model.parameters` and `model.router_bias`.
+
+    Args:
+      parameters, router_bias: as `abstract_weights` describes them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: PrecisionConfig,
+        mesh: Mesh,
+        parameters: Tree,
+        router_bias: Tree,
+    ):
+        self.config, self.precision, self.mesh = config, precision, mesh
+        self.parameters, self.router_bias = parameters, router_bias
+        with jax.set_mesh(mesh):
+            self.graphdef = nnx.graphdef(_shapes(config, precision))
+        self._logits = jax.jit(self.apply)
+
+    def apply(self, parameters: Tree, router_bias: Tree, *inputs: jax.Array) -> jax.Array:
+        """`Decoder.__call__` as a pure function, to be transformed under `jax.set_mesh(mesh)`."""
+        return nnx.merge(self.graphdef, parameters, router_bias)(*inputs)
+
+    def __call__(
+        self,
+        tokens: np.ndarray | jax.Array,
+        positions: np.ndarray | jax.Array | None = None,
+        segment_ids: np.ndarray | jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [batch, length, vocab] float32.
+
+        Args:
+          tokens, positions, segment_ids: [batch, length] int32; without the last two, a row is one
+            document. Any number of rows: they are filled up to what the mesh divides.
+        """
+        rows, length = np.shape(tokens)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(length), (rows, length))
+        if segment_ids is None:
+            segment_ids = np.ones((rows, length))
+        inputs = [self.place(x) for x in (tokens, positions, segment_ids)]
+        with jax.set_mesh(self.mesh):
+            logits = self._logits(self.parameters, self.router_bias, *inputs)
+            return logits if len(logits) == rows else sharding.gather(logits)[:rows]
+
+    def place(self, rows: np.ndarray | jax.Array) -> jax.Array:
+        """[batch, ...] int32 on the mesh, filled up with rows of zeros to what its axes divide."""
+        rows = np.asarray(rows, np.int32)
+        parts = sharding.num_shards(dict(self.mesh.shape), sharding.BATCH_AXES)
+        padding = [(0, -len(rows) % parts)] + [(0, 0)] * (rows.ndim - 1)
+        filled = np.pad(rows, padding)
+        by_rows = NamedSharding(self.mesh, sharding.BATCH)
+        return jax.make_array_from_callback(filled.shape, by_rows, lambda index: filled[index])
+
+
+def abstract_weights(
+    config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32
+) -> tuple[Tree, Tree]:
+    """Shapes, dtypes and shardings of a model's parameters and router biases.
+
+    Returns:
+      Two nested dicts of `jax.ShapeDtypeStruct`; parameters are `dtype`, biases float32.
+    """
+    with jax.set_mesh(mesh):
+        model = _shapes(config, PrecisionConfig())
+    _, parameters, router_bias = nnx.split(model, nnx.Param, RouterBias)
+
+    def placed(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+        # A value that no axis splits has no sharding of its own here.
+        spec = x.sharding.spec if x.sharding else sharding.P()
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return (
+        jax.tree.map(functools.partial(placed, dtype=dtype), nnx.to_pure_dict(parameters)),
+        jax.tree.map(functools.partial(placed, dtype=jnp.float32), nnx.to_pure_dict(router_bias)),
+    )
+
+
+def _shapes(config: ModelConfig, precision: PrecisionConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, precision, rngs=nnx.Rngs(0)))

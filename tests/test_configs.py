@@ -1,0 +1,115 @@
+"""Every config in configs/: it parses, has the published size, and its tiny sibling trains."""
+
+import functools
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding, validation
+from moe_jax.config import Config, MeshConfig, UserError, default_config, sized
+from moe_jax.models.language_model import abstract_weights
+from moe_jax.planning.operations import Parameters, count_parameters
+from moe_jax.training.step import init_state, make_train_step
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+FAMILIES = [file.stem for file in CONFIGS if file.stem != "tiny"]
+# The main model, and of that per token; from DeepSeek's, Mistral's and Meta's published weights.
+# What is not published is None.
+PUBLISHED = {
+    "deepseek_v3": (671_026_419_200, 37_552_282_624),
+    "deepseek_r1": (671_026_419_200, 37_552_282_624),
+    "deepseek_v2": (235_741_434_880, None),
+    "deepseek_v2_lite": (15_706_484_224, None),
+    "mixtral_8x7b": (46_702_792_704, None),
+    "switch_base": (None, None),
+    "llama3_8b": (8_030_261_248, 8_030_261_248),
+    "llama3_405b": (405_853_388_800, 405_853_388_800),
+}
+
+
+@functools.cache
+def _config(name: str, size: str = "full") -> Config:
+    file = Path(__file__).parents[1] / "configs" / f"{name}.py"
+    get_config = runpy.run_path(str(file))["get_config"]
+    return validation.parse(get_config() if size == "full" else get_config(size))
+
+
+def _count(config: Config) -> Parameters:
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return count_parameters(*abstract_weights(config.model, mesh), config.model)
+
+
+def test_the_list_is_complete() -> None:
+    assert set(PUBLISHED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_sizes(name: str) -> None:
+    counted = _count(_config(name))
+    for value, published in zip(counted[:2], PUBLISHED[name], strict=True):
+        assert published in (value, None)
+
+
+def test_active_parameters_by_hand() -> None:
+    """Two of Mixtral's eight experts; one of Switch's 128."""
+    for name, layers, unchosen, one_expert in (
+        ("mixtral_8x7b", 32, 6, 3 * 4096 * 14336),
+        ("switch_base", 12, 127, 3 * 768 * 2048),
+    ):
+        counted = _count(_config(name))
+        assert counted.total - counted.active == layers * unchosen * one_expert
+
+
+def test_what_predicts_ahead_by_hand() -> None:
+    """A routed layer, a projection of two states to one, three norms: 11.6 B."""
+    attention = 7168 * 1536 + 1536 + 1536 * 128 * 192
+    attention += 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168
+    routed = 257 * 3 * 7168 * 2048 + 7168 * 256 + 256
+    block = attention + routed + 2 * 7168
+    assert _count(_config("deepseek_v3")).mtp == block + 2 * 7168 * 7168 + 3 * 7168
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tiny_siblings_train(name: str) -> None:
+    """Traced on eight devices: shapes and shardings fit; nothing is compiled."""
+    config = _config(name, "tiny")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:8])
+    validation.check_mesh(config, dict(mesh.shape))
+    rows = config.training.tokens_per_step // config.data.stages[0].sequence_length
+    shape = (1, rows, config.data.stages[0].sequence_length)
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(jax.jit(lambda: init_state(config)))
+        batch = {name: array(np.int32) for name in ("tokens", "targets", "segment_ids")}
+        batch |= {"positions": array(np.int32), "loss_weights": array(np.float32)}
+        new, metrics = jax.eval_shape(make_train_step(config), state, batch)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert {"loss", "grad_norm"} <= set(metrics)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tiny_siblings_keep_the_family(name: str) -> None:
+    full, tiny = _config(name).model, _config(name, "tiny").model
+    assert tiny.attention.kind == full.attention.kind
+    assert (tiny.attention.q_lora_rank is None) == (full.attention.q_lora_rank is None)
+    assert (tiny.rope.theta, tiny.rope.scaling) == (full.rope.theta, full.rope.scaling)
+    assert tiny.num_nextn_predict_layers == full.num_nextn_predict_layers
+    for field in ("scoring_func", "topk_method", "token_dropping", "norm_topk_prob"):
+        assert getattr(tiny.moe, field) == getattr(full.moe, field)
+    assert (tiny.first_k_dense_replace == tiny.num_hidden_layers) == (
+        full.first_k_dense_replace == full.num_hidden_layers
+    )
+    assert _count(_config(name, "tiny")).total < 5_000_000
+
+
+def test_another_size_is_refused() -> None:
+    with pytest.raises(UserError) as error:
+        sized(default_config(), "medium")
+    assert str(error.value) == "the config knows no size 'medium'; full and tiny are there"
