@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 2
     config.mesh.expert = 4
 
+    config.model.num_nextn_predict_layers = 1
     moe = config.model.moe
     moe.intermediate_size = 64
     # A short run must balance in tens of steps, not in the thousands that V3 has for it.

@@ -265,7 +265,9 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
         return config
     if size != "tiny":
         raise UserError(f"the config knows no size {size!r}; full and tiny are there")
-    small, model = default_config(), config.model
+    family: Any = config  # what its fields hold, no type says
+    small: Any = default_config()
+    model = family.model
     routed = model.first_k_dense_replace < model.num_hidden_layers
     model.first_k_dense_replace = min(model.first_k_dense_replace, 1) if routed else 4
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
@@ -290,21 +292,21 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     moe.intermediate_size = 64
     moe.buffer_factor = 2.0
 
-    config.mesh = small.mesh
-    config.mesh.num_cpu_devices = 8
-    config.mesh.fsdp = 2 if routed else 8
-    config.mesh.expert = 4 if routed else 1
-    data, training = config.data, config.training
+    family.mesh = small.mesh
+    family.mesh.num_cpu_devices = 8
+    family.mesh.fsdp = 2 if routed else 8
+    family.mesh.expert = 4 if routed else 1
+    data, training = family.data, family.training
     data.num_streams = small.data.num_streams
     data.stages = ({"sequence_length": 256, "tokens": None},)
     training.tokens_per_step = 4096
     training.micro_batches = 1
     training.num_steps = 160
-    training.eval_every_steps = config.checkpoint.every_steps = 40
+    training.eval_every_steps = family.checkpoint.every_steps = 40
     training.mtp_late_from_tokens = None
-    config.optimizer.peak_lr = 4e-3
-    config.optimizer.final_lr = 2e-4
-    config.optimizer.warmup_steps = 20
+    family.optimizer.peak_lr = 4e-3
+    family.optimizer.final_lr = 2e-4
+    family.optimizer.warmup_steps = 20
     return config
 
 

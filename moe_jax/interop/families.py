@@ -50,7 +50,7 @@ def from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     is_latent = family.startswith("deepseek")
     dense = layers if family == "llama" else 0
     if is_latent:
-        dense = min(read("first_k_dense_replace", 3 if family == "deepseek_v3" else 0), layers)
+        dense = min(read("first_k_dense_replace"), layers)
         moe = _deepseek_moe(read, family)
     elif family == "mixtral":
         moe = _mixtral_moe(read)
@@ -63,7 +63,7 @@ def from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
         first_k_dense_replace=dense,
         intermediate_size=read("intermediate_size"),
         max_position_embeddings=read("max_position_embeddings"),
-        rms_norm_eps=float(read("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(read("rms_norm_eps")),
         initializer_range=float(read("initializer_range", 0.02)),
         tie_word_embeddings=read("tie_word_embeddings", False),
         num_nextn_predict_layers=read("num_nextn_predict_layers", read("num_mtp_layers", 0)),
@@ -112,7 +112,7 @@ def _grouped_query(read: _Reader) -> AttentionConfig:
 
 def _rope(read: _Reader, interleaved: bool) -> RopeConfig:
     scaling = read("rope_parameters", None) or read("rope_scaling", None) or {}
-    theta = float(scaling.get("rope_theta") or read("rope_theta", 10000.0))
+    theta = float(scaling.get("rope_theta") or read("rope_theta"))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
@@ -124,7 +124,7 @@ def _rope(read: _Reader, interleaved: bool) -> RopeConfig:
     original = scaling.get("original_max_position_embeddings") or read("max_position_embeddings")
     factor = scaling.get("factor") or read("max_position_embeddings") / original
     given = {name: scaling[name] for name in names if scaling.get(name) is not None}
-    values = {name: x if isinstance(x, bool) else float(x) for name, x in given.items()}
+    values: Json = {name: x if isinstance(x, bool) else float(x) for name, x in given.items()}
     return RopeConfig(
         theta=theta,
         interleaved=interleaved,
@@ -155,14 +155,17 @@ def _deepseek_moe(read: _Reader, family: str) -> MoEConfig:
     has_groups = method != "greedy"
     groups = read("n_group", 1) if has_groups else 1
     normalized = bool(read("norm_topk_prob", is_v3))
-    scale = float(read("routed_scaling_factor", 1.0))
+    scale = float(read("routed_scaling_factor"))
     if family == "deepseek_v2" and normalized:
         scale = 1.0  # DeepSeek's own code normalises instead of scaling
     alpha = float(read("aux_loss_alpha", 0.0001 if is_v3 else 0.001))
     return MoEConfig(
         num_experts=read("n_routed_experts"),
         num_experts_per_tok=read("num_experts_per_tok"),
-        num_shared_experts=read("n_shared_experts", 0),
+        # Null stands for none; a file without the field is of another kind.
+        num_shared_experts=read.raw["n_shared_experts"] or 0
+        if "n_shared_experts" in read.raw
+        else read("n_shared_experts"),
         intermediate_size=read("moe_intermediate_size"),
         scoring_func=scoring,
         topk_method=method,

@@ -190,6 +190,22 @@ def write_folder(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    try:
+        _write_tensors(new, found, arrays, dtype, advance, shard_bytes)
+    except UserError:
+        shutil.rmtree(new)
+        raise
+    new.rename(path)
+
+
+def _write_tensors(
+    folder: Path,
+    found: dict[str, names.Part],
+    arrays: dict[names.Path, Lazy],
+    dtype: str,
+    advance: Callable[[int], None],
+    shard_bytes: int,
+) -> None:
     shards = list(_shards(found, arrays, dtype, shard_bytes))
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
@@ -199,13 +215,12 @@ def write_folder(
             value = names.to_tensor(found[name], arrays[found[name].path])
             tensors |= _stored(name, found[name], value, dtype)
             advance(value.nbytes)
-        save_file(tensors, new / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(value.nbytes for value in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    new.rename(path)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(
@@ -230,6 +245,8 @@ def _stored(name: str, part: names.Part, value: np.ndarray, dtype: str) -> dict[
         return {name: value.astype(np.float32)}
     if dtype == "float8" and part.is_linear:
         values, scale = quantized(value.astype(np.float32))
-        return {name: values, name + SCALE: scale}
-    narrow = jnp.float32 if dtype == "float32" else jnp.bfloat16
-    return {name: np.ascontiguousarray(value.astype(narrow))}
+        stored = {name: values, name + SCALE: scale}
+    else:
+        stored = {name: value.astype(jnp.float32 if dtype == "float32" else jnp.bfloat16)}
+    # The library writes memory as it lies, and a transposed view lies transposed.
+    return {name: np.ascontiguousarray(value) for name, value in stored.items()}

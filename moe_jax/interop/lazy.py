@@ -79,7 +79,8 @@ def place(lazy: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The array on the devices of `like.sharding`; each reads its own part, in pieces."""
     assert lazy.shape == like.shape, (lazy.shape, like.shape)
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
         corners = bounds(index, lazy.shape)
         shape = tuple(stop - start for start, stop in corners)
         result = np.empty(shape, like.dtype)

@@ -8,6 +8,7 @@ one stands alone and holds `parameters` and `router_bias` only.
 import asyncio
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self, advance: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
+        self.refusal: UserError | None = None
         self._advance = advance
         self._one_at_a_time = asyncio.Lock()
 
@@ -113,9 +115,24 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         async with self._one_at_a_time:
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             for index in pieces(value.shape, value.dtype.itemsize):
-                piece = value.read(index)
+                piece = self._read(value, index)
+                if piece is None:
+                    # Orbax would print a traceback of what is raised here, and misses arrays of
+                    # which nothing is written. All of it is removed in the end.
+                    stub = [s.stop - s.start for s in index]
+                    await store[index].write(np.zeros(stub, value.dtype))
+                    return
                 await store[index].write(piece)
                 self._advance(piece.nbytes)
+
+    def _read(self, value: Lazy, index: Index) -> np.ndarray | None:
+        """None once a part cannot be read."""
+        if not self.refusal:
+            try:
+                return value.read(index)
+            except UserError as error:
+                self.refusal = error
+        return None
 
 
 def write_checkpoint(
@@ -130,19 +147,26 @@ def write_checkpoint(
       config: with the model's under "model".
       weights: {"parameters": ..., "router_bias": ...} of `Lazy`.
       advance: told of every piece's bytes.
+    Raises:
+      ValueError: of reading a weight; nothing is left at `path` then.
     """
     quiet()
+    lazy_handler = _LazyHandler(advance)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Lazy, _LazyHandler(advance)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Lazy, lazy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         document=ocp.JsonCheckpointHandler(),
     )
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(weights), document=ocp.args.JsonSave({"config": config})
+    )
+    new = path.absolute().with_name(path.name + ".partial")
+    shutil.rmtree(new, ignore_errors=True)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(
-            path.absolute(),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(weights), document=ocp.args.JsonSave({"config": config})
-            ),
-        )
+        checkpointer.save(new, args=items)
+    if lazy_handler.refusal:
+        shutil.rmtree(new)
+        raise lazy_handler.refusal
+    new.rename(path)

@@ -157,8 +157,10 @@ class MoE(nnx.Module):
             )
         served = jnp.sum((ids_TK < config.num_experts) & (plan.rank_TK < plan.rounds * capacity))
         dropped = jnp.sum(load_E) - served.astype(jnp.int32)
-        stats = jax.lax.psum((load_E, share_E, z, sequence_losses, dropped), BATCH_AXES)
-        stats = RoutingStats(*stats, plan.rounds)
+        load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(
+            (load_E, share_E, z, sequence_losses, dropped), BATCH_AXES
+        )
+        stats = RoutingStats(load_E, share_E, z, sequence_losses, dropped, plan.rounds)
         return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype), stats
 
 

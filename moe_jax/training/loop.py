@@ -149,9 +149,9 @@ def start(
     """The step to go on from, the data's state there (None: at the beginning), and the state."""
     init = jax.jit(lambda: init_state(config))
     step, source = checkpoints.latest(), config.training.init_from
-    if step is None and source is None:
-        return 0, None, init()
     if step is None:
+        if source is None:
+            return 0, None, init()
         weights = load_weights(source, config.model, mesh)
         display.line(f"weights     of {source}")
         display.lines([f"            {text}" for text in weights.notes])
