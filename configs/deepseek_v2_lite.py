@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite in pre-training: 15.7 B parameters, 2.4 B per token.
+"""DeepSeek-V2-Lite in pre-training: 15.7 B parameters, 2.7 B per token with embedding and head.
 
     python -m moe_jax.main --config=configs/deepseek_v2_lite.py
     python -m moe_jax.main --config=configs/deepseek_v2_lite.py:tiny    # the same on a laptop

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # The few sequences of one device are never balanced.
     moe.buffer_factor = 2.0
 
-    config.training.num_steps = 160
+    config.training.num_steps = 120
     config.training.tokens_per_step = 4096
     config.training.eval_every_steps = 40
     config.checkpoint.every_steps = 40

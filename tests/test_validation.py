@@ -474,6 +474,23 @@ def test_fields_that_do_not_exist(fields: dict[str, Any], sentence: str) -> None
     assert _refusal(fields) == sentence
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model.moe.capacity_group": 64},  # nothing is dropped
+        {"model.moe.token_dropping": "expert", "model.moe.capacity_group": None},
+        {"model.moe.token_dropping": "device", "model.moe.capacity_group": 16},
+        {"model.moe.topk_method": "greedy", "model.moe.num_limited_groups": 4},
+        {"model.moe.communication_loss_weight": 0.1, "model.moe.num_device_groups": 4},
+        {"model.attention.num_key_value_heads": 3},  # of the other kind of attention
+        {"model.num_nextn_predict_layers": 127, "model.rope.mscale": None},
+    ],
+    ids=str,
+)
+def test_what_is_allowed(fields: dict[str, Any]) -> None:
+    validation.parse(_raw(fields))
+
+
 def test_what_is_missing_is_at_its_default() -> None:
     assert validation.parse({}) == Config()
     assert validation.parse({"model": {"vocab_size": 300}}).model.vocab_size == 300

@@ -66,7 +66,7 @@ class Steps:
             ahead_B1D, cache = decoder.decode_ahead(
                 hidden_BD[:, None], chosen_B[:, None], last_B[:, None], lengths_B > 0, cache
             )
-            drafts_B = _best(decoder, ahead_B1D)[:, 0]
+            drafts_B = _best(decoder, ahead_B1D[:, 0])
         return sharding.gather(chosen_B[:, None]), State(chosen_B, drafts_B, lengths_B), cache
 
     def advance(
@@ -89,19 +89,19 @@ class Steps:
         positions_BL = jnp.stack([state.positions_B, state.positions_B + 1], axis=1)
         hidden_BLD, cache = decoder.decode(tokens_BL, positions_BL, active_B, cache)
         chosen_BL = _best(decoder, hidden_BLD)
-        accepted_B = chosen_BL[:, 0] == state.drafts_B
+        # 1 where the draft is what the model chooses itself.
+        accepted_B = jnp.sum(chosen_BL[:, :1] == state.drafts_B[:, None], axis=1, dtype=jnp.int32)
         # What follows a refused draft is wrong in both caches; the next step writes over it.
         ahead_BLD, cache = decoder.decode_ahead(
             hidden_BLD, chosen_BL, positions_BL, active_B, cache
         )
-        count_B = accepted_B.astype(jnp.int32)
         state = State(
-            jnp.where(accepted_B, chosen_BL[:, 1], chosen_BL[:, 0]),
-            _best(decoder, _at(ahead_BLD, count_B)),
-            state.positions_B + 1 + count_B,
+            _at(chosen_BL, accepted_B),
+            _best(decoder, _at(ahead_BLD, accepted_B)),
+            state.positions_B + 1 + accepted_B,
         )
-        second_B = jnp.where(accepted_B, chosen_BL[:, 1], -1)
-        return sharding.gather(jnp.stack([chosen_BL[:, 0], second_B], axis=1)), state, cache
+        new_BL = jnp.where(jnp.arange(2) <= accepted_B[:, None], chosen_BL, -1)
+        return sharding.gather(new_BL), state, cache
 
     def _decoder(self, weights: Weights) -> Decoder:
         return nnx.merge(self.graphdef, *weights)
@@ -121,7 +121,7 @@ def _best(decoder: Decoder, hidden: jax.Array) -> jax.Array:
     return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
 
 
-def _at(x_BLD: jax.Array, index_B: jax.Array) -> jax.Array:
-    """x[b, index[b]]: [batch, dim], by a masked sum, which any sharding of rows allows."""
-    here_BL = jnp.arange(x_BLD.shape[1]) == index_B[:, None]
-    return jnp.sum(jnp.where(here_BL[..., None], x_BLD, 0), axis=1)
+def _at(x: jax.Array, index_B: jax.Array) -> jax.Array:
+    """x[b, index[b]] of [batch, length, ...], by a masked sum, whatever the mesh."""
+    here_BL = jnp.arange(x.shape[1]) == index_B[:, None]
+    return jnp.sum(jnp.where(jnp.expand_dims(here_BL, tuple(range(2, x.ndim))), x, 0), axis=1)

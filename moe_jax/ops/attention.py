@@ -7,6 +7,8 @@ heads per key/value head, Q query/key head dim, V value head dim.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.sharding import P
+
 
 def attention(
     q_BLHQ: jax.Array,
@@ -30,7 +32,7 @@ def attention(
     """
     batch, length, heads, dim = q_BLHQ.shape
     groups = k_BLGQ.shape[2]
-    q_BLGRQ = q_BLHQ.reshape(batch, length, groups, heads // groups, dim)
+    q_BLGRQ = reshape_rows(q_BLHQ, (batch, length, groups, heads // groups, dim))
     scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BLGQ, preferred_element_type=jnp.float32)
     causal = jnp.tril(jnp.ones((length, length), jnp.bool))
     same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
@@ -38,4 +40,12 @@ def attention(
     scores = jnp.where((causal & same)[:, None, None], scores * scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGV.dtype)
     values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BLGV)
-    return values.reshape(batch, length, heads, v_BLGV.shape[-1])
+    return reshape_rows(values, (batch, length, heads, v_BLGV.shape[-1]))
+
+
+def reshape_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x.reshape(shape), which alone forgets how the first dim is split where that has one row."""
+    spec = jax.typeof(x).sharding.spec
+    if not spec or spec[0] is None:
+        return x.reshape(shape)
+    return jnp.reshape(x, shape, out_sharding=P(spec[0]))

@@ -127,11 +127,11 @@ def batch_losses(
       load_NE: [layers, experts] int32, tokens that chose each expert, over all devices.
       share_NE: [layers, experts] float32, sums over the same tokens of the normalised scores.
       z_N: [layers] float32, sums of the squared log-partition of the router's logits.
-      tokens: [] that were routed in each layer.
+      tokens: that were routed, [] if as many in every layer, or [layers].
     """
     tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
     experts = load_NE.shape[-1]
-    f_NE, p_NE = load_NE / tokens, share_NE / tokens
+    f_NE, p_NE = load_NE / tokens[..., None], share_NE / tokens[..., None]
     losses = {}
     if config.switch_loss_weight:
         # Switch Transformer, equations 4 to 6, summed over layers; f counts choices per token.
@@ -142,7 +142,7 @@ def batch_losses(
         losses["mixtral_loss"] = experts * jnp.sum(pooled)
     if config.z_loss_weight:
         # ST-MoE, equation 5, summed over layers.
-        losses["z_loss"] = jnp.sum(z_N) / tokens
+        losses["z_loss"] = jnp.sum(z_N / tokens)
     return losses
 
 

@@ -11,6 +11,8 @@ whatever they hold does not count.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.attention import reshape_rows
+
 
 def grouped_query_attention(
     q_BLHQ: jax.Array,
@@ -31,11 +33,11 @@ def grouped_query_attention(
     """
     batch, length, heads, dim = q_BLHQ.shape
     groups = k_BMGQ.shape[2]
-    q_BLGRQ = q_BLHQ.reshape(batch, length, groups, heads // groups, dim)
+    q_BLGRQ = reshape_rows(q_BLHQ, (batch, length, groups, heads // groups, dim))
     scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BMGQ, preferred_element_type=jnp.float32)
     weights = _softmax(scores * scale, positions_BL).astype(v_BMGV.dtype)
     values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BMGV)
-    return values.reshape(batch, length, heads, v_BMGV.shape[-1])
+    return reshape_rows(values, (batch, length, heads, v_BMGV.shape[-1]))
 
 
 def absorbed_attention(

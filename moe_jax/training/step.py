@@ -92,16 +92,14 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         objective, routed = losses["loss"], {}
         if stats is not None:
             routed["moe_blocks"] = stats
-            tokens = jnp.sum(batch["segment_ids"] > 0)
-            losses |= _balance_losses(stats, tokens, scale, config)
+            losses |= _balance_losses(stats, scale, config)
         if config.model.num_nextn_predict_layers:
             ahead = model.predict_ahead(hidden, *inputs, training=True)
             losses["mtp_loss"] = _ahead_loss(model, ahead.hidden_KBLD, batch) * scale.token
             objective += scale.mtp * losses["mtp_loss"]
             if ahead.stats is not None:
                 routed["mtp"] = ahead.stats
-                tokens = jnp.sum(reaches(batch["segment_ids"], 1))
-                for name, value in _balance_losses(ahead.stats, tokens, scale, config).items():
+                for name, value in _balance_losses(ahead.stats, scale, config).items():
                     losses[name] += value
         objective += sum(weights[name] * losses[name] for name in weights if name in losses)
         return objective, (losses, routed)
@@ -207,11 +205,12 @@ def mtp_weight(config: Config, step: jax.Array) -> jax.Array:
     return jnp.where(late, training.mtp_late_loss_weight, training.mtp_loss_weight)
 
 
-def _balance_losses(
-    stats: RoutingStats, tokens: jax.Array, scale: Scale, config: Config
-) -> Metrics:
+def _balance_losses(stats: RoutingStats, scale: Scale, config: Config) -> Metrics:
     """This micro-batch's part of each balance loss that has a weight, without its weight."""
-    of_batch = balance.batch_losses(stats.load_E, stats.share_E, stats.z, tokens, config.model.moe)
+    moe = config.model.moe
+    # Each layer's own: the depths of multi-token prediction route fewer and fewer.
+    tokens_N = jnp.sum(stats.load_E, axis=-1) // moe.num_experts_per_tok
+    of_batch = balance.batch_losses(stats.load_E, stats.share_E, stats.z, tokens_N, moe)
     return {
         **{name: jnp.sum(x) * scale.sequence for name, x in stats.sequence_losses.items()},
         **{name: x * scale.micro_batch for name, x in of_batch.items()},

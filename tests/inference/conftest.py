@@ -52,6 +52,7 @@ CONFIGS = {
         attention=AttentionConfig(**SIZES | {"kind": "grouped_query"}),
     ),
     "dense": dataclasses.replace(LATENT, first_k_dense_replace=3),
+    "few words": dataclasses.replace(LATENT, vocab_size=3),  # drafts are often right
     "deep": dataclasses.replace(LATENT, num_hidden_layers=12),
 }
 MakeModel = Callable[..., LanguageModel]

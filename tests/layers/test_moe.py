@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -28,9 +29,51 @@ CONFIG = ModelConfig(
         buffer_factor=1.0,
     ),
 )
-WITHOUT_SHARED = dataclasses.replace(
-    CONFIG, moe=dataclasses.replace(CONFIG.moe, num_shared_experts=0)
+
+
+def _with(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, **changes))
+
+
+WITHOUT_SHARED = _with(num_shared_experts=0)
+PLAIN: dict[str, Any] = dict(
+    scoring_func="softmax",
+    topk_method="greedy",
+    num_expert_groups=1,
+    num_limited_groups=1,
+    num_shared_experts=0,
+    routed_scaling_factor=1.0,
+    sequence_loss_weight=0.0,
 )
+FAMILIES = {
+    "v3": CONFIG,
+    "v2": _with(
+        scoring_func="softmax",
+        topk_method="group_limited_greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=4.0,
+        sequence_loss_weight=0.0,
+        expert_loss_weight=1.0,
+        device_loss_weight=1.0,
+        communication_loss_weight=1.0,
+        num_device_groups=4,
+        token_dropping="device",
+        capacity_factor=0.7,
+        capacity_group=2,
+        undropped_sequences=0.3,
+    ),
+    # Scores that decide who is dropped are those of the experts that the bias has steered to.
+    "v3 that drops": _with(token_dropping="device", capacity_factor=0.6, num_device_groups=2),
+    "mixtral": _with(**PLAIN, num_experts_per_tok=2),
+    "switch": _with(
+        **PLAIN,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        token_dropping="expert",
+        capacity_factor=0.9,
+        capacity_group=None,
+    ),
+}
 F32 = PrecisionConfig(compute_dtype="float32")
 VALID = np.ones((BATCH, LENGTH), bool)
 VALID[1, 4:] = VALID[3] = False
@@ -47,8 +90,24 @@ def _run(
     config: ModelConfig = CONFIG,
     precision: PrecisionConfig = F32,
     valid: np.ndarray = VALID,
+    training: bool = False,
 ) -> tuple[np.ndarray, RoutingStats, dict[str, Any]]:
     """Result, statistics and weights of a layer with random weights."""
+    graphdef, mesh, state = _layer(sizes, config, precision)
+    with jax.set_mesh(mesh):
+        dtype = jnp.dtype(precision.compute_dtype)
+        rows = jax.NamedSharding(mesh, sharding.BATCH)
+        x, placed_valid = jax.device_put((X.astype(dtype), valid), rows)
+        run = _jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid, training))
+        y, stats = run(state, x, placed_valid)
+        assert y.dtype == dtype
+        weights = jax.tree.map(np.asarray, state)
+        return np.asarray(y).astype(np.float64), jax.tree.map(np.asarray, stats), weights
+
+
+def _layer(
+    sizes: dict[str, int], config: ModelConfig, precision: PrecisionConfig = F32
+) -> tuple[nnx.GraphDef, jax.sharding.Mesh, dict[str, Any]]:
     count = int(np.prod(list(sizes.values())))
     mesh = sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:count])
     with jax.set_mesh(mesh):
@@ -62,15 +121,9 @@ def _run(
             ),
             nnx.to_pure_dict(shapes),
         )
-        state["router"]["bias"] = jax.device_put(BIAS, jax.NamedSharding(mesh, sharding.P()))
-        dtype = jnp.dtype(precision.compute_dtype)
-        rows = jax.NamedSharding(mesh, sharding.BATCH)
-        x, placed_valid = jax.device_put((X.astype(dtype), valid), rows)
-        run = _jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid, False))
-        y, stats = run(state, x, placed_valid)
-        assert y.dtype == dtype
-        weights = jax.tree.map(np.asarray, state)
-        return np.asarray(y).astype(np.float64), jax.tree.map(np.asarray, stats), weights
+        if config.moe.topk_method == "noaux_tc":
+            state["router"]["bias"] = jax.device_put(BIAS, jax.NamedSharding(mesh, sharding.P()))
+        return graphdef, mesh, state
 
 
 def _swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -78,37 +131,121 @@ def _swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -
     return (opened / (1 + np.exp(-opened)) * (x @ up)) @ down
 
 
-def _by_loops(weights: dict[str, Any], valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Result, load and balance loss in float64, one token at a time."""
+class Expected(NamedTuple):
+    """In float64: the layer's result and what it reports; `kept` is by (row, place, expert)."""
+
+    y: np.ndarray
+    load: np.ndarray
+    share: np.ndarray
+    z: float
+    losses: dict[str, float]
+    kept: dict[tuple[int, int, int], bool]
+
+
+def _scores(x: np.ndarray, router: np.ndarray, config: MoEConfig) -> tuple[np.ndarray, float]:
+    """Of one token: its scores, and the squared log-partition of its logits."""
+    logits = x @ router
+    exponentials = np.exp(logits)
+    z = np.log(exponentials.sum()) ** 2
+    if config.scoring_func == "softmax":
+        return exponentials / exponentials.sum(), z
+    return 1 / (1 + np.exp(-logits)), z
+
+
+def _chosen(scores: np.ndarray, bias: np.ndarray, config: MoEConfig) -> list[int]:
+    groups, size = config.num_expert_groups, 8 // config.num_expert_groups
+    steered = scores + bias
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    of_group = [np.sort(steered[g * size : (g + 1) * size])[-best:].sum() for g in range(groups)]
+    winners = np.argsort(of_group)[::-1][: config.num_limited_groups]
+    candidates = [i for g in winners for i in range(g * size, (g + 1) * size)]
+    return sorted(candidates, key=lambda i: -steered[i])[: config.num_experts_per_tok]
+
+
+def _kept(
+    chosen: dict[tuple[int, int], list[int]],
+    scores: dict[tuple[int, int], np.ndarray],
+    config: MoEConfig,
+) -> dict[tuple[int, int, int], bool]:
+    """Each choice in the order in which its group of rows is served, and who is still served."""
+    choices = [(b, t, k, i) for (b, t), ids in chosen.items() for k, i in enumerate(ids)]
+    if config.token_dropping == "none":
+        return {(b, t, i): True for b, t, _, i in choices}
+    per_device = config.token_dropping == "device"
+    buckets = config.num_device_groups if per_device else 8
+    rows = config.capacity_group or BATCH
+    capacity = config.capacity_factor * rows * LENGTH * config.num_experts_per_tok / buckets
+    share = config.undropped_sequences if per_device else 0.0
+    exempt = {b for b in range(BATCH) if math.floor(b * share) > math.floor((b - 1) * share)}
+    if per_device:
+        choices.sort(key=lambda c: (c[0] not in exempt, -scores[c[:2]][c[3]]))
+    else:
+        choices.sort(key=lambda c: (c[2], c[0], c[1]))
+    served: dict[tuple[int, int], int] = {}
+    kept = {}
+    for b, t, _, i in choices:
+        bucket = (b // rows, i * buckets // 8)
+        kept[b, t, i] = b in exempt or served.get(bucket, 0) < math.ceil(capacity)
+        served[bucket] = served.get(bucket, 0) + 1
+    return kept
+
+
+def _losses(tokens: list[tuple[list[int], np.ndarray]], config: MoEConfig) -> dict[str, float]:
+    """Of one sequence: V3, equations 17 to 20; V2, section 2.2.3."""
+    top_k, count = config.num_experts_per_tok, max(len(tokens), 1)
+    f, best, p = np.zeros(8), np.zeros(8), np.zeros(8)
+    sent = np.zeros(config.num_device_groups)
+    for ids, scores in tokens:
+        f[ids] += 8 / (top_k * count)
+        best[np.argsort(-scores)[:top_k]] += 8 / (top_k * count)
+        p += scores / scores.sum() / count
+        devices = sorted({i * config.num_device_groups // 8 for i in ids})
+        sent[devices] += config.num_device_groups / (config.num_limited_groups * count)
+    of_devices = [x.reshape(config.num_device_groups, -1) for x in (f, p)]
+    losses = {
+        "sequence_loss": best @ p,
+        "expert_loss": f @ p,
+        "device_loss": of_devices[0].mean(axis=1) @ of_devices[1].sum(axis=1),
+        "communication_loss": sent @ of_devices[1].sum(axis=1),
+    }
+    return {name: float(x) for name, x in losses.items() if getattr(config, f"{name}_weight")}
+
+
+def _by_loops(
+    weights: dict[str, Any],
+    valid: np.ndarray = VALID,
+    config: MoEConfig = CONFIG.moe,
+    training: bool = False,
+) -> Expected:
+    """One token at a time."""
     weights = jax.tree.map(lambda w: w.astype(np.float64), weights)
-    result, load = np.zeros(X.shape), np.zeros(8, np.int64)
-    balance = 0.0
-    for b in range(BATCH):
-        shares, counts = np.zeros(8), np.zeros(8)
-        for t in range(LENGTH):
-            x = X[b, t].astype(np.float64)
-            if "shared" in weights:
-                result[b, t] += _swiglu(
-                    x, *(weights["shared"][name]["weight"] for name in ("gate", "up", "down"))
-                )
-            if not valid[b, t]:
-                continue
-            scores = 1 / (1 + np.exp(-x @ weights["router"]["weight"]))
-            biased = scores + weights["router"]["bias"]
-            groups = sorted(range(4), key=lambda g: -(biased[2 * g] + biased[2 * g + 1]))[:2]
-            candidates = [2 * g + i for g in groups for i in range(2)]
-            chosen = sorted(candidates, key=lambda i: -biased[i])[:3]
-            for i in chosen:
-                factor = 2.5 * scores[i] / sum(scores[j] for j in chosen)
-                result[b, t] += factor * _swiglu(
-                    x, weights["gate"][i], weights["up"][i], weights["down"][i]
-                )
-                load[i] += 1
-            shares += scores / scores.sum()
-            counts[np.argsort(-scores)[:3]] += 1
-        tokens = max(valid[b].sum(), 1)
-        balance += float(np.sum(counts * 8 / (3 * tokens) * shares / tokens))
-    return result, load, balance
+    x, router = X.astype(np.float64), weights["router"]["weight"]
+    bias = weights["router"].get("bias", np.zeros(8))
+    y, load, share, z = np.zeros(X.shape), np.zeros(8, np.int32), np.zeros(8), 0.0
+    tokens = [(b, t) for b in range(BATCH) for t in range(LENGTH) if valid[b, t]]
+    scored = {at: _scores(x[at], router, config) for at in tokens}
+    scores = {at: score for at, (score, _) in scored.items()}
+    chosen = {at: _chosen(scores[at], bias, config) for at in tokens}
+    kept = _kept(chosen, scores, config if training else MoEConfig())
+    for at in tokens:
+        factors = config.routed_scaling_factor * scores[at]
+        if config.norm_topk_prob:
+            factors = factors / scores[at][chosen[at]].sum()
+        for i in chosen[at]:
+            load[i] += 1
+            if kept[*at, i]:
+                expert = (weights[name][i] for name in ("gate", "up", "down"))
+                y[at] += factors[i] * _swiglu(x[at], *expert)
+        share += scores[at] / scores[at].sum()
+        z += scored[at][1]
+    if "shared" in weights:
+        y += _swiglu(x, *(weights["shared"][name]["weight"] for name in ("gate", "up", "down")))
+    by_row = [
+        _losses([(chosen[at], scores[at]) for at in tokens if at[0] == b], config)
+        for b in range(BATCH)
+    ]
+    losses = {name: sum(row[name] for row in by_row) for name in by_row[0]}
+    return Expected(y, load, share, z, losses, kept)
 
 
 @pytest.mark.parametrize(
@@ -117,19 +254,72 @@ def _by_loops(weights: dict[str, Any], valid: np.ndarray) -> tuple[np.ndarray, n
     ids=str,
 )
 def test_equals_a_dense_loop(sizes: dict[str, int]) -> None:
-    y, stats, weights = _run(sizes)
-    expected, load, balance = _by_loops(weights, VALID)
-    chex.assert_trees_all_close(y, expected, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_equal(stats.load_E, load.astype(np.int32))
-    chex.assert_trees_all_close(stats.sequence_losses["sequence_loss"], balance, rtol=1e-5)
-    assert stats.dropped == 0
+    stats = _check_family("v3", sizes, training=False)
     assert stats.rounds > 1  # buffers of one balanced load do not take this routing at once
+
+
+def _check_family(name: str, sizes: dict[str, int], training: bool) -> RoutingStats:
+    config = FAMILIES[name]
+    y, stats, weights = _run(sizes, config, training=training)
+    expected = _by_loops(weights, VALID, config.moe, training)
+    chex.assert_trees_all_close(y, expected.y, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_equal(stats.load_E, expected.load)
+    assert stats.dropped == sum(not kept for kept in expected.kept.values())
+    found = (stats.share_E, stats.z, stats.sequence_losses)
+    chex.assert_trees_all_close(found, (expected.share, expected.z, expected.losses), rtol=1e-5)
+    return stats
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("name", ["v2", "v3 that drops", "mixtral", "switch"])
+def test_every_family_equals_a_dense_loop(name: str, sizes: dict[str, int]) -> None:
+    """Rows of several devices share a capacity; load and losses count what is chosen."""
+    stats = _check_family(name, sizes, training=True)
+    assert (stats.dropped > 2) == (name != "mixtral")
+    assert stats.load_E.sum() == FAMILIES[name].moe.num_experts_per_tok * VALID.sum()
+
+
+@pytest.mark.parametrize("name", ["v2", "switch"])
+def test_nothing_is_dropped_outside_training(name: str) -> None:
+    assert _check_family(name, {"expert": 2}, training=False).dropped == 0
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "expert": 2}], ids=str)
+def test_a_dropped_token_passes_by_and_teaches_nothing(sizes: dict[str, int]) -> None:
+    """Where its only choice is dropped, a token gets 0 and gives no gradient."""
+    config = FAMILIES["switch"]
+    graphdef, mesh, state = _layer(sizes, config)
+    expected = _by_loops(jax.tree.map(np.asarray, state), VALID, config.moe, training=True)
+    dropped = np.zeros((BATCH, LENGTH), bool)
+    for (b, t, _), kept in expected.kept.items():
+        dropped[b, t] = not kept
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, sharding.BATCH)
+        x, valid = jax.device_put((X, VALID), rows)
+
+        @_jit
+        @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+        def run(state, x):
+            y, _ = nnx.merge(graphdef, state)(x, valid, True)
+            return jnp.sum(y**2), y
+
+        (gradients, of_x), y = jax.device_get(run(state, x))
+    served = VALID & ~dropped
+    assert dropped.sum() > 2
+    for each in (y, of_x):
+        chex.assert_trees_all_equal(np.any(each != 0, axis=-1), served)
+    # An expert whose tokens were all served, or some of them, learns; the router from these alone.
+    chosen = np.zeros(8, bool)
+    chosen[[i for (_, _, i), kept in expected.kept.items() if kept]] = True
+    for name in ("gate", "up", "down"):
+        chex.assert_trees_all_equal(np.any(gradients[name] != 0, axis=(1, 2)), chosen)
+    assert np.any(gradients["router"]["weight"] != 0)
 
 
 def test_without_shared_experts_padding_gets_nothing() -> None:
     y, stats, weights = _run({"expert": 2}, WITHOUT_SHARED)
     assert "shared" not in weights
-    chex.assert_trees_all_close(y, _by_loops(weights, VALID)[0], rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(y, _by_loops(weights).y, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_equal(y[~VALID], np.zeros((8, DIM)))
     assert stats.load_E.sum() == 3 * VALID.sum()
 
@@ -147,11 +337,11 @@ def test_bfloat16_is_close(combine_dtype: str) -> None:
     """The router gets rounded activations, so a token may choose another expert; few do."""
     precision = PrecisionConfig(compute_dtype="bfloat16", combine_dtype=combine_dtype)
     y, stats, weights = _run({"expert": 2}, precision=precision)
-    expected, load, _ = _by_loops(weights, VALID)
-    error = np.linalg.norm(y - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    expected = _by_loops(weights)
+    error = np.linalg.norm(y - expected.y, axis=-1) / np.linalg.norm(expected.y, axis=-1)
     assert np.median(error) < 0.02
-    assert np.abs(stats.load_E - load).sum() <= 2
-    assert stats.load_E.sum() == load.sum()
+    assert np.abs(stats.load_E - expected.load).sum() <= 2
+    assert stats.load_E.sum() == expected.load.sum()
 
 
 def test_the_bias_is_no_parameter() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from moe_jax.ops.attention import attention
 
-BATCH, LENGTH, HEADS, QK, V = 2, 7, 2, 6, 5  # two head dims that differ
+# Two query heads share a head of keys and values; two head dims that differ.
+BATCH, LENGTH, HEADS, GROUPS, QK, V = 2, 7, 4, 2, 6, 5
 SCALE = 0.37
 SEGMENTS = {
     "one document": [[1] * 7, [1] * 7],
@@ -19,17 +20,18 @@ SEGMENTS = {
 
 def _inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
-    shapes = [(BATCH, LENGTH, HEADS, QK)] * 2 + [(BATCH, LENGTH, HEADS, V)]
-    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    sizes = [(HEADS, QK), (GROUPS, QK), (GROUPS, V)]
+    return tuple(rng.normal(size=(BATCH, LENGTH, *size)).astype(np.float32) for size in sizes)
 
 
 def _by_loops(q, k, v, segments, scale) -> np.ndarray:
-    result = np.zeros(v.shape)
+    result = np.zeros((*q.shape[:3], V))
     for b, t, h in np.ndindex(*q.shape[:3]):
         seen = [m for m in range(t + 1) if segments[b, m] == segments[b, t]]
-        exponentials = np.array([np.exp(scale * np.dot(q[b, t, h], k[b, m, h])) for m in seen])
+        g = h // 2
+        exponentials = np.array([np.exp(scale * np.dot(q[b, t, h], k[b, m, g])) for m in seen])
         for weight, m in zip(exponentials / exponentials.sum(), seen, strict=True):
-            result[b, t, h] += weight * v[b, m, h]
+            result[b, t, h] += weight * v[b, m, g]
     return result
 
 
@@ -38,9 +40,9 @@ def _naive(q, k, v, segments, scale) -> jax.Array:
     rows = []
     for b, t, h in np.ndindex(*q.shape[:3]):
         seen = np.array([m for m in range(t + 1) if segments[b, m] == segments[b, t]])
-        exponentials = jnp.exp(scale * (k[b, seen, h] @ q[b, t, h]))
-        rows.append(exponentials @ v[b, seen, h] / jnp.sum(exponentials))
-    return jnp.stack(rows).reshape(v.shape)
+        exponentials = jnp.exp(scale * (k[b, seen, h // 2] @ q[b, t, h]))
+        rows.append(exponentials @ v[b, seen, h // 2] / jnp.sum(exponentials))
+    return jnp.stack(rows).reshape(*q.shape[:3], V)
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
@@ -54,7 +56,7 @@ def test_forward_equals_loops(name: str) -> None:
 def test_gradients_equal_those_of_loops() -> None:
     q, k, v = _inputs(1)
     segments = np.array([SEGMENTS["packed"][0], SEGMENTS["padded"][0]], np.int32)
-    direction = np.random.default_rng(2).normal(size=v.shape).astype(np.float32)
+    direction = np.random.default_rng(2).normal(size=(*q.shape[:3], V)).astype(np.float32)
 
     def gradients(function):
         loss = lambda q, k, v: jnp.sum(function(q, k, v, segments, SCALE) * direction)  # noqa: E731

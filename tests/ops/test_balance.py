@@ -157,6 +157,29 @@ def test_batch_losses_equal_the_equations() -> None:
     chex.assert_trees_all_close(losses, expected, rtol=1e-5)
 
 
+def test_batch_losses_at_balance_and_gradients_through_shares_alone() -> None:
+    """1 a layer for Switch's, experts per token for Mixtral's, whatever a layer's tokens."""
+    config = _config(switch_loss_weight=1.0, mixtral_loss_weight=1.0, z_loss_weight=1.0)
+    tokens = np.array([16, 8], np.int32)  # layers of unequal tokens: multi-token prediction
+    load = np.repeat(tokens[:, None] * TOP_K // EXPERTS, EXPERTS, axis=1)
+    share = np.repeat(tokens[:, None] / EXPERTS, EXPERTS, axis=1).astype(np.float32)
+    z = tokens * np.array([2.0, 3.0], np.float32)
+
+    def losses(share: Any, z: Any) -> dict[str, jax.Array]:
+        return balance.batch_losses(jnp.asarray(load), share, z, jnp.asarray(tokens), config)
+
+    expected = {"switch_loss": 2.0, "mixtral_loss": float(TOP_K), "z_loss": 5.0}
+    chex.assert_trees_all_close(losses(share, z), expected, rtol=1e-6)
+    gradients = jax.jit(jax.jacobian(losses, argnums=(0, 1)))(share, z)
+    per_token = 1 / tokens[:, None] + np.zeros((2, EXPERTS))
+    expected = {
+        "switch_loss": (per_token, np.zeros(2)),
+        "mixtral_loss": (TOP_K / 2 * per_token, np.zeros(2)),
+        "z_loss": (np.zeros((2, EXPERTS)), 1 / tokens),
+    }
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-6)
+
+
 def test_a_loss_without_a_weight_is_not_made() -> None:
     _, shares, load = _routing(layers=1)
     arguments = (load, shares.sum(axis=1), np.ones(1), jnp.asarray(20))

@@ -81,13 +81,14 @@ def test_turns_in_float32_and_keeps_the_dtype(dtype: jnp.dtype) -> None:
     chex.assert_trees_all_equal(turned, wide.astype(dtype))
 
 
-def test_half_split_pairs_are_the_same_rotation_of_other_dims() -> None:
+def test_half_split_pairs_are_dims_half_the_width_apart() -> None:
     x = np.random.default_rng(2).normal(size=(2, 3, 2, DIM)).astype(np.float32)
-    rotary = rotary_angles(jnp.arange(6, dtype=jnp.int32).reshape(2, 3), DIM, ROPE)
-    order = [0, 3, 1, 4, 2, 5]  # interleaved place i holds dim order[i]
-    expected = np.empty_like(x)
-    expected[..., order] = apply_rotary(jnp.asarray(x[..., order]), rotary, True)
-    chex.assert_trees_all_equal(np.asarray(apply_rotary(jnp.asarray(x), rotary, False)), expected)
+    positions = np.arange(6, dtype=np.int32).reshape(2, 3)
+    rotary = rotary_angles(jnp.asarray(positions), DIM, ROPE)
+    angles = positions[..., None] * THETA ** (-2 * np.arange(3) / DIM)
+    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angles)[:, :, None]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    chex.assert_trees_all_close(apply_rotary(jnp.asarray(x), rotary, False), expected, atol=1e-6)
 
 
 def _yarn(dim: int, config: RopeConfig) -> list[float]:
@@ -117,7 +118,7 @@ def _yarn(dim: int, config: RopeConfig) -> list[float]:
         {"factor": 1.0},
         {"beta_fast": 4.0, "beta_slow": 2.0},
         {"original_max_position_embeddings": 8},
-        {"original_max_position_embeddings": 1},  # nothing turns: a ramp without width
+        {"original_max_position_embeddings": 6},  # both borders at 0: a ramp without width
     ],
     ids=str,
 )
@@ -125,6 +126,27 @@ def test_yarn_frequencies(changes: dict) -> None:
     fields = dict(theta=1e4, factor=40.0, original_max_position_embeddings=4096)
     config = RopeConfig(scaling="yarn", **(fields | changes))
     chex.assert_trees_all_close(frequencies(64, config), np.array(_yarn(64, config)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_keeps_what_turns_often_and_divides_what_hardly_turns(truncate: bool) -> None:
+    config = RopeConfig(scaling="yarn", factor=40.0, truncate=truncate)
+    plain = frequencies(64, RopeConfig())
+    turns = plain * 4096 / (2 * math.pi)
+    ratio = plain / frequencies(64, config)
+    # Whole dims at the borders widen the ramp by less than one dim to each side.
+    often, hardly = turns > 32 * 1.34, turns < 1 / 1.34
+    assert often.any() and hardly.any()
+    chex.assert_trees_all_close(ratio[often], np.ones(often.sum()), rtol=1e-6)
+    chex.assert_trees_all_close(ratio[hardly], np.full(hardly.sum(), 40.0), rtol=1e-5)
+    between = ratio[~often & ~hardly]
+    assert np.all(np.diff(between) > 0) and 1 < between[len(between) // 2] < 40
+
+
+def test_a_ramp_without_width_is_a_step() -> None:
+    config = RopeConfig(scaling="yarn", factor=2.0, original_max_position_embeddings=6)
+    ratio = frequencies(8, RopeConfig()) / frequencies(8, config)
+    chex.assert_trees_all_close(ratio, np.array([1.0, 2.0, 2.0, 2.0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +168,9 @@ def test_yarn_scales_angles_and_scores(changes: dict, factor: float, correction:
     config = RopeConfig(scaling="yarn", **({"factor": 40.0} | changes))
     rotary = rotary_angles(jnp.zeros((1, 1), jnp.int32), DIM, config)
     chex.assert_trees_all_close(rotary.cos, np.full((1, 1, DIM // 2), factor), rtol=1e-6)
+    later = rotary_angles(jnp.full((1, 1), 3, jnp.int32), DIM, config)
+    lengths = later.cos**2 + later.sin**2
+    chex.assert_trees_all_close(lengths, np.full((1, 1, DIM // 2), factor**2), rtol=1e-5)
     assert score_correction(config) == pytest.approx(correction)
     assert score_correction(dataclasses.replace(config, scaling="none")) == 1.0
 

@@ -92,6 +92,38 @@ def test_an_expert_of_a_lost_group_never_wins() -> None:
     assert sorted(result.expert_ids_TK[0].tolist()) == [3, 4]
 
 
+def test_lost_groups_lose_against_scores_of_zero() -> None:
+    """Softmax underflows to 0: lost groups masked with 0, of lower index, would win the tie."""
+    config = _config(
+        topk_method="group_limited_greedy", num_limited_groups=1, num_experts_per_tok=3
+    )
+    logits = jnp.full((1, 12), -200.0).at[0, 8].set(0.0).at[0, 0].set(-10.0)
+    result = routing.route(routing.affinities(logits, "softmax"), None, config)
+    assert result.expert_ids_TK[0].tolist() == [8, 6, 7]
+
+
+def test_without_renormalisation_weights_are_the_scores() -> None:
+    """Mixtral's weights, softmax over the chosen logits, are its renormalised softmax."""
+    logits = np.random.default_rng(5).normal(size=(TOKENS, 12)).astype(np.float32)
+    scores = routing.affinities(jnp.asarray(logits), "softmax")
+    chex.assert_trees_all_close(jnp.sum(scores, axis=-1), np.ones(TOKENS), rtol=1e-6)
+    plain = dict(topk_method="greedy", num_limited_groups=4, routed_scaling_factor=1.0)
+    best = np.argsort(-logits, axis=1)[:, :3]
+    exponentials = np.exp(logits.astype(np.float64))
+    for renormalised in (True, False):
+        result = routing.route(scores, None, _config(norm_topk_prob=renormalised, **plain))
+        chex.assert_trees_all_equal(result.expert_ids_TK, best.astype(np.int32))
+        expected = np.take_along_axis(exponentials, best, axis=1)
+        total = (expected if renormalised else exponentials).sum(axis=1, keepdims=True)
+        chex.assert_trees_all_close(result.weights_TK, expected / total, rtol=1e-5)
+
+
+def test_sigmoid_affinities() -> None:
+    logits = jnp.array([[-200.0, -1.0, 0.0, 3.0, 200.0]])
+    expected = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    chex.assert_trees_all_close(routing.affinities(logits, "sigmoid"), expected, atol=1e-7)
+
+
 def test_bias_steers_the_choice_only() -> None:
     scores, config = _scores(2), _config(num_expert_groups=1, num_limited_groups=1)
     bias = np.zeros(12, np.float32)

@@ -12,7 +12,8 @@ from moe_jax.config import MeshConfig, MoEConfig
 from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES
 
-ROWS, LENGTH, TOP_K, EXPERTS, DEVICES = 8, 5, 2, 8, 4
+# On eight devices three rows each, so that groups of two or eight end in the midst of a device.
+ROWS, LENGTH, TOP_K, EXPERTS, DEVICES = 24, 4, 2, 8, 4
 NOWHERE = EXPERTS
 
 
@@ -49,11 +50,15 @@ def _by_loops(ids: np.ndarray, scores: np.ndarray, config: MoEConfig) -> np.ndar
     return kept
 
 
-def _run(sizes: dict[str, int], config: MoEConfig) -> np.ndarray:
+def _run(
+    sizes: dict[str, int],
+    config: MoEConfig,
+    choices: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     count = math.prod(sizes.values())
     mesh = sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:count])
     with jax.set_mesh(mesh):
-        placed = jax.device_put(_choices(), jax.NamedSharding(mesh, BATCH))
+        placed = jax.device_put(choices or _choices(), jax.NamedSharding(mesh, BATCH))
         run = jax.shard_map(
             lambda ids, scores: kept_choices(ids, scores, config, BATCH_AXES),
             in_specs=(BATCH, BATCH),
@@ -62,7 +67,7 @@ def _run(sizes: dict[str, int], config: MoEConfig) -> np.ndarray:
         return np.asarray(jax.jit(run)(*placed))
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, None])
+@pytest.mark.parametrize("group", [1, 2, 8, None])
 @pytest.mark.parametrize("policy", ["expert", "device"])
 def test_equals_a_loop_on_every_mesh(policy: str, group: int | None) -> None:
     config = MoEConfig(
@@ -90,8 +95,46 @@ def test_rows_that_are_never_dropped_from_come_first() -> None:
     )
     kept = _run({}, config)
     ids = _choices()[0]
-    assert kept[0].all()  # one row in ten, the first among them
-    assert not kept[1:][ids[1:] < 4].any()  # whose choices exceed the first group's capacity
+    exempt = np.isin(np.arange(ROWS), [0, 10, 20])  # one row in ten, the first among them
+    assert kept[exempt].all()
+    assert not kept[~exempt][ids[~exempt] < 4].any()  # theirs exceed the first group's capacity
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.0, 0), (0.25, 6), (0.5, 12), (1.0, 24)])
+def test_the_share_of_rows_that_are_never_dropped_from(share: float, rows: int) -> None:
+    """Every choice is one device group's, and its capacity is but one of them."""
+    config = MoEConfig(
+        num_experts=EXPERTS,
+        token_dropping="device",
+        capacity_factor=1e-9,
+        capacity_group=None,
+        num_device_groups=1,
+        undropped_sequences=share,
+    )
+    ids, scores = _choices()
+    kept = _run({"expert": 2}, config, (np.zeros_like(ids), scores))
+    assert kept.all(axis=(1, 2)).sum() == rows
+    assert kept.sum() == max(rows * LENGTH * TOP_K, 1)
+
+
+@pytest.mark.parametrize("policy", ["expert", "device"])
+def test_equal_scores_are_dropped_from_alike_on_every_mesh(policy: str) -> None:
+    config = MoEConfig(
+        num_experts=EXPERTS,
+        token_dropping=policy,
+        capacity_factor=1.0,
+        capacity_group=4,
+        num_device_groups=2,
+        undropped_sequences=0.0,
+    )
+    ids = np.zeros((ROWS, LENGTH, TOP_K), np.int32)
+    choices = ids, np.full(ids.shape, 0.5, np.float32)
+    kept = _run({}, config, choices)
+    # The capacity is one balanced load of the 32 choices of a group.
+    of_group = kept.reshape(6, -1).sum(axis=1)
+    chex.assert_trees_all_equal(of_group, np.full(6, 32 // (8 if policy == "expert" else 2)))
+    for sizes in ({"fsdp": 2, "expert": 2}, {"expert_outer": 4, "expert": 2}):
+        chex.assert_trees_all_equal(_run(sizes, config, choices), kept)
 
 
 def test_large_capacities_keep_everything() -> None:
