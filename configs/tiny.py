@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 2
     config.mesh.expert = 4
 
-    config.model.num_nextn_predict_layers = 1
     moe = config.model.moe
     moe.intermediate_size = 64
     # A short run must balance in tens of steps, not in the thousands that V3 has for it.
@@ -28,7 +27,7 @@ def get_config() -> ConfigDict:
     # The few sequences of one device are never balanced.
     moe.buffer_factor = 2.0
 
-    config.training.num_steps = 120
+    config.training.num_steps = 160
     config.training.tokens_per_step = 4096
     config.training.eval_every_steps = 40
     config.checkpoint.every_steps = 40

@@ -94,7 +94,10 @@ def _help(module: str) -> str:
     width = 2 + max(len(name) for name in rows)
     lines = [
         textwrap.fill(
-            text, 80, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2)
+            " ".join(text.split()),
+            80,
+            initial_indent=f"  {name:<{width}}",
+            subsequent_indent=" " * (width + 2),
         )
         for name, text in rows.items()
     ]

@@ -103,6 +103,16 @@ def test_shifted_and_reaches() -> None:
     chex.assert_trees_all_equal(reaches(x, 2), expected)
 
 
+def test_a_row_of_two_tokens_keeps_its_split() -> None:
+    """What is left of it after a shift is one token in one row."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        row = jax.device_put(np.array([[5, 6]]), jax.NamedSharding(mesh, sharding.BATCH))
+        moved = shifted(row, 1)
+        assert moved.sharding.spec[0] == row.sharding.spec[0]
+        chex.assert_trees_all_equal(moved, jnp.array([[6, 0]]))
+
+
 def test_equals_the_modules_one_after_the_other_on_each_document() -> None:
     """Equations 21 to 23: [embedding of t + k; state of depth k - 1] -> layer -> head."""
     model, batch = _model(), _batch()
@@ -124,7 +134,7 @@ def test_equals_the_modules_one_after_the_other_on_each_document() -> None:
                 if left < 1:
                     break
                 both = [
-                    module.embedding_norm(decoder.embedding(row[:, k:])),
+                    module.embedding_norm(decoder.embedding(shifted(row, k))[:, :left]),
                     module.hidden_norm(hidden[:, :left]),
                 ]
                 x = module.projection(jnp.concatenate(both, axis=-1))
