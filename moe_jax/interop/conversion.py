@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_jax.config import UserError
@@ -48,7 +49,9 @@ def convert(source: Path, target: Path, dtype: str) -> None:
         print(f"note        {note}")
     total = sum(lazy.size for lazy in flatten(weights).values())
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
+    # A console of its own: rich's shared one would keep what standard output is now.
+    console, hidden = Console(), not sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=sum(x.nbytes for x in flatten(weights).values()))
 
         def advance(size: int) -> None:

@@ -181,7 +181,7 @@ def _assert_close(actual: Any, expected: Any) -> None:
     def close(path: Any, a: np.ndarray, b: np.ndarray) -> None:
         name = jax.tree_util.keystr(path)
         scale = float(np.max(np.abs(b), initial=1e-6))
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6 * scale, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * scale, err_msg=name)
 
     jax.tree_util.tree_map_with_path(close, actual, expected)
 
