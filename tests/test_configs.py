@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from emulated import make_mesh
 
 from moe_jax import sharding, validation
-from moe_jax.config import Config, MeshConfig, UserError, default_config, sized
+from moe_jax.config import Config, UserError, default_config, sized
 from moe_jax.models.language_model import abstract_weights
 from moe_jax.planning.operations import Parameters, count_parameters
 from moe_jax.training.step import init_state, make_train_step
@@ -39,8 +40,7 @@ def _config(name: str, size: str = "full") -> Config:
 
 
 def _count(config: Config) -> Parameters:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    return count_parameters(*abstract_weights(config.model, mesh), config.model)
+    return count_parameters(*abstract_weights(config.model, make_mesh()), config.model)
 
 
 def test_the_list_is_complete() -> None:

@@ -1,6 +1,5 @@
 """The mesh and the rules from parameters to mesh axes."""
 
-import math
 from types import SimpleNamespace
 
 import chex
@@ -8,17 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh
 from jax.sharding import AxisType
 
 from moe_jax import sharding
 from moe_jax.config import MESH_AXES, MeshConfig
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
-
-
-def _mesh(**sizes: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(
-        MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())]
-    )
 
 
 def test_free_axis_takes_the_devices_that_are_left() -> None:
@@ -46,7 +40,7 @@ def test_sizes_that_do_not_fit_are_named(config: MeshConfig, sizes: str) -> None
 
 
 def test_mesh_has_all_axes_explicit_and_fast_ones_last() -> None:
-    mesh = _mesh(data=2, fsdp=2, expert=2)
+    mesh = make_mesh(data=2, fsdp=2, expert=2)
     assert set(mesh.axis_names) == set(MESH_AXES)
     assert set(mesh.axis_types) == {AxisType.Explicit}
     assert mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] == mesh.size == 8
@@ -58,7 +52,7 @@ def test_mesh_has_all_axes_explicit_and_fast_ones_last() -> None:
 
 
 def test_parameters_are_split_over_the_leading_axes_that_divide_them() -> None:
-    with jax.set_mesh(_mesh(fsdp=2, expert_outer=2, expert=2)):
+    with jax.set_mesh(make_mesh(fsdp=2, expert_outer=2, expert=2)):
         spec = sharding.parameter_spec
         assert spec((4, 6), ("embed", None)) == P(("fsdp",), None)
         assert spec((6, 4), (None, "latent")) == P(None, ("fsdp",))
@@ -72,7 +66,7 @@ def test_parameters_are_split_over_the_leading_axes_that_divide_them() -> None:
 
 
 def test_gather_is_the_whole_parameter_and_its_gradient_is_split_again() -> None:
-    mesh = _mesh(fsdp=2, expert=2)
+    mesh = make_mesh(fsdp=2, expert=2)
     with jax.set_mesh(mesh):
         value = np.arange(12.0, dtype=np.float32).reshape(4, 3)
         parameter = jax.device_put(value, jax.NamedSharding(mesh, P("fsdp", None)))
@@ -89,7 +83,7 @@ def test_gather_is_the_whole_parameter_and_its_gradient_is_split_again() -> None
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_gather_over_inside_a_region_and_its_transpose(keep: int) -> None:
-    mesh = _mesh(fsdp=2, expert_outer=2, expert=2)
+    mesh = make_mesh(fsdp=2, expert_outer=2, expert=2)
     spec = P(EXPERT_AXES, ("fsdp",), None)
     value = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
     factors = np.arange(1.0, 9.0, dtype=np.float32)  # one a device
@@ -115,7 +109,7 @@ def test_gather_over_inside_a_region_and_its_transpose(keep: int) -> None:
 
 
 def test_batch_sharding_splits_rows_alone() -> None:
-    mesh = _mesh(data=2, fsdp=2, expert=2)
+    mesh = make_mesh(data=2, fsdp=2, expert=2)
     rows = jax.device_put(np.arange(2 * 16 * 3).reshape(2, 16, 3), sharding.batch_sharding(mesh))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 2, 3)}
     assert sharding.num_shards(dict(mesh.shape), BATCH_AXES) == 8
@@ -123,7 +117,7 @@ def test_batch_sharding_splits_rows_alone() -> None:
 
 
 def test_one_process_feeds_all_rows() -> None:
-    assert sharding.process_share(_mesh(data=2, expert=2)) == (0, 4, 4)
+    assert sharding.process_share(make_mesh(data=2, expert=2)) == (0, 4, 4)
 
 
 def _mesh_of_processes(processes: list[int], **sizes: int) -> SimpleNamespace:

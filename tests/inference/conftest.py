@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from emulated import make_mesh
 from flax import nnx
 
-from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, PrecisionConfig
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, PrecisionConfig
 from moe_jax.models.decoder import Decoder, RouterBias
 from moe_jax.models.language_model import LanguageModel
 
@@ -74,8 +74,7 @@ def make_model() -> MakeModel:
 
 def _make(config: ModelConfig, sizes: dict[str, int]) -> LanguageModel:
     precision = PrecisionConfig(compute_dtype="float32")
-    count = int(np.prod(list(sizes.values())))
-    mesh = sharding.make_mesh(MeshConfig(**{"fsdp": 1} | sizes), jax.devices()[:count])
+    mesh = make_mesh(**sizes)
 
     def init():
         _, parameters, bias = nnx.split(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh
 
-from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.inference.cache import describe, of_heads, values_per_token
 from moe_jax.inference.generation import Generator
 
@@ -36,7 +36,7 @@ def test_what_a_token_takes_in_deepseek_v3() -> None:
     assert values_per_token(V3) == 61 * (512 + 64) == 70_272 // 2
     assert of_heads(V3, 128) == 3_997_696 // 2
     assert of_heads(V3, 8) == 249_856 // 2
-    mesh = sharding.make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    mesh = make_mesh(fsdp=4)
     assert describe(V3, 4096, 5, mesh, "bfloat16") == [
         "cache       70,272 bytes per token; 2,196.0 MiB for 8 rows of 4,096",
         "            3,997,696 bytes, 56.9x, with keys and values of all 128 heads",
@@ -45,7 +45,7 @@ def test_what_a_token_takes_in_deepseek_v3() -> None:
 
 
 def test_what_a_token_takes_in_llama_3() -> None:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh()
     assert describe(LLAMA3, 2, 1, mesh, "bfloat16") == [
         "cache       131,072 bytes per token; 256.0 KiB for 1 row of 2",
         "            524,288 bytes, 4.0x, with keys and values of all 32 heads",

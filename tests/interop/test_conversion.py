@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from emulated import make_mesh
 from folders import FAMILIES, LLAMA, V3, shapes, tensors, write
 from safetensors.numpy import load_file, save_file
 
-from moe_jax import sharding
-from moe_jax.config import MeshConfig, UserError
+from moe_jax.config import UserError
 from moe_jax.interop import huggingface, orbax_files
 from moe_jax.interop.conversion import convert
 from moe_jax.interop.lazy import Lazy, bounds, flatten, piece_shape, pieces, whole
@@ -222,7 +222,7 @@ def test_each_device_reads_its_own_part(tmp_path: Path, monkeypatch: Any) -> Non
 
     original = Tensors.read
     monkeypatch.setattr(Tensors, "read", counting)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
+    mesh = make_mesh(fsdp=2, expert=2)
     model = huggingface.load(folder, "float32", mesh)
     whole_file = tensors(V3)
     # Experts lie on two of four devices each, and half of each on a device.

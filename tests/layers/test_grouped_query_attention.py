@@ -1,15 +1,12 @@
 """Grouped-query attention, against a loop over heads and positions in float64."""
 
 import chex
-import jax
 import numpy as np
 import pytest
-from flax import nnx
+from emulated import run_attention
 
-from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, PrecisionConfig, RopeConfig
+from moe_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from moe_jax.layers.grouped_query_attention import GroupedQueryAttention
-from moe_jax.ops.rope import rotary_angles
 
 DIM, HEADS, HEAD_DIM, THETA, BATCH, LENGTH = 10, 4, 6, 30.0, 4, 5
 SEGMENTS = np.array([[1] * 5, [1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [0] * 5], np.int32)
@@ -53,31 +50,8 @@ def test_equals_a_loop(groups: int, sizes: dict[str, int]) -> None:
         ),
         rope=RopeConfig(theta=THETA, interleaved=False),
     )
-    rng = np.random.default_rng(0)
-    mesh = sharding.make_mesh(
-        MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))]
+    h, y, weights = run_attention(
+        GroupedQueryAttention, config, sizes, SEGMENTS, POSITIONS, HEAD_DIM
     )
-    with jax.set_mesh(mesh):
-        precision = PrecisionConfig(compute_dtype="float32")
-        layer = nnx.eval_shape(lambda: GroupedQueryAttention(config, precision, rngs=nnx.Rngs(0)))
-        graphdef, shapes = nnx.split(layer)
-        state = jax.tree.map(
-            lambda shape: jax.device_put(
-                rng.uniform(-1, 1, shape.shape).astype(np.float32),
-                jax.NamedSharding(mesh, shape.sharding.spec),
-            ),
-            nnx.to_pure_dict(shapes),
-        )
-        h = rng.normal(size=(BATCH, LENGTH, DIM)).astype(np.float32)
-        rows = jax.NamedSharding(mesh, sharding.BATCH)
-        x, segments, positions = jax.device_put((h, SEGMENTS, POSITIONS), rows)
-
-        @jax.jit
-        def run(state, x):
-            rotary = rotary_angles(positions, HEAD_DIM, config.rope)
-            return nnx.merge(graphdef, state)(x, segments, rotary)
-
-        y = run(state, x)
-        weights = {name: np.asarray(entry["weight"], np.float64) for name, entry in state.items()}
     expected = _by_loops(weights, h.astype(np.float64), groups)
     chex.assert_trees_all_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -1,15 +1,12 @@
 """Multi-head latent attention, against the equations of DeepSeek-V3, section 2.1.1."""
 
 import chex
-import jax
 import numpy as np
 import pytest
-from flax import nnx
+from emulated import run_attention
 
-from moe_jax import sharding
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, PrecisionConfig, RopeConfig
+from moe_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from moe_jax.layers.latent_attention import LatentAttention
-from moe_jax.ops.rope import rotary_angles
 
 DIM, HEADS, KV_RANK, NOPE, ROPE, V, THETA = 12, 3, 8, 6, 4, 5, 30.0
 BATCH, LENGTH = 4, 6
@@ -103,34 +100,7 @@ def test_equals_the_equations(q_lora_rank: int | None, rope: str, sizes: dict[st
         ),
         rope=ROPES[rope],
     )
-    rng = np.random.default_rng(0)
-    count = int(np.prod(list(sizes.values())))
-    mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-    with jax.set_mesh(mesh):
-        precision = PrecisionConfig(compute_dtype="float32")
-        layer = nnx.eval_shape(lambda: LatentAttention(config, precision, rngs=nnx.Rngs(0)))
-        graphdef, shapes = nnx.split(layer)
-        state = jax.tree.map(
-            lambda shape: jax.device_put(
-                rng.uniform(-1, 1, shape.shape).astype(np.float32),
-                jax.NamedSharding(mesh, shape.sharding.spec),
-            ),
-            nnx.to_pure_dict(shapes),
-        )
-        h = rng.normal(size=(BATCH, LENGTH, DIM)).astype(np.float32)
-        rows = jax.NamedSharding(mesh, sharding.BATCH)
-        x, segments, positions = jax.device_put((h, SEGMENTS, POSITIONS), rows)
-
-        @jax.jit
-        def run(state, x):
-            rotary = rotary_angles(positions, ROPE, config.rope)
-            return nnx.merge(graphdef, state)(x, segments, rotary)
-
-        y = run(state, x)
-        weights = {
-            name: np.asarray(next(iter(entry.values())), np.float64)
-            for name, entry in state.items()
-        }
+    h, y, weights = run_attention(LatentAttention, config, sizes, SEGMENTS, POSITIONS, ROPE)
     expected_names = {"kv_down", "kv_norm", "kv_up", "output"}
     expected_names |= {"query"} if q_lora_rank is None else {"query_down", "query_norm", "query_up"}
     assert set(weights) == expected_names

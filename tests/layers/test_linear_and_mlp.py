@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig
 from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.mlp import SwiGLU
 
@@ -22,8 +22,7 @@ HALF, THIRD = Initializer("normal", 0.5), Initializer("normal", 0.3)
 
 @pytest.fixture(params=[{"fsdp": 1}, {"fsdp": 2, "expert": 2}], ids=str)
 def mesh(request: pytest.FixtureRequest) -> Iterator[jax.sharding.Mesh]:
-    count = int(np.prod(list(request.param.values())))
-    mesh = sharding.make_mesh(MeshConfig(**request.param), jax.devices()[:count])
+    mesh = make_mesh(**request.param)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -82,7 +81,7 @@ def test_initial_weights_have_their_spread_and_do_not_depend_on_the_mesh(mesh) -
     ).weight[...]
     assert abs(float(jnp.std(weight)) - 0.3) < 0.02
     assert abs(float(jnp.mean(weight))) < 0.02
-    alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    alone = make_mesh()
     with jax.set_mesh(alone):
         same = Linear(
             (64,),

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh, place, quick_jit
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig, ModelConfig, MoEConfig, PrecisionConfig
+from moe_jax.config import ModelConfig, MoEConfig, PrecisionConfig
 from moe_jax.layers.moe import MoE, RouterBias, RoutingStats
 
 DIM, BATCH, LENGTH = 8, 4, 6
@@ -81,10 +82,6 @@ X = np.random.default_rng(0).normal(size=(BATCH, LENGTH, DIM)).astype(np.float32
 BIAS = np.random.default_rng(1).normal(scale=0.3, size=8).astype(np.float32) - 0.6
 
 
-# Compiling is most of the time of these tests, so it is kept cheap.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def _run(
     sizes: dict[str, int],
     config: ModelConfig = CONFIG,
@@ -98,7 +95,7 @@ def _run(
         dtype = jnp.dtype(precision.compute_dtype)
         rows = jax.NamedSharding(mesh, sharding.BATCH)
         x, placed_valid = jax.device_put((X.astype(dtype), valid), rows)
-        run = _jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid, training))
+        run = quick_jit(lambda state, x, valid: nnx.merge(graphdef, state)(x, valid, training))
         y, stats = run(state, x, placed_valid)
         assert y.dtype == dtype
         weights = jax.tree.map(np.asarray, state)
@@ -108,18 +105,13 @@ def _run(
 def _layer(
     sizes: dict[str, int], config: ModelConfig, precision: PrecisionConfig = F32
 ) -> tuple[nnx.GraphDef, jax.sharding.Mesh, dict[str, Any]]:
-    count = int(np.prod(list(sizes.values())))
-    mesh = sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:count])
+    mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         layer = nnx.eval_shape(lambda: MoE(config, precision, rngs=nnx.Rngs(0)))
         graphdef, shapes = nnx.split(layer)
         rng = np.random.default_rng(2)
-        state = jax.tree.map(
-            lambda shape: jax.device_put(
-                rng.normal(scale=0.5, size=shape.shape).astype(np.float32),
-                jax.NamedSharding(mesh, shape.sharding.spec),
-            ),
-            nnx.to_pure_dict(shapes),
+        state = place(
+            mesh, nnx.to_pure_dict(shapes), lambda shape: rng.normal(scale=0.5, size=shape)
         )
         if config.moe.topk_method == "noaux_tc":
             state["router"]["bias"] = jax.device_put(BIAS, jax.NamedSharding(mesh, sharding.P()))
@@ -297,7 +289,7 @@ def test_a_dropped_token_passes_by_and_teaches_nothing(sizes: dict[str, int]) ->
         rows = jax.NamedSharding(mesh, sharding.BATCH)
         x, valid = jax.device_put((X, VALID), rows)
 
-        @_jit
+        @quick_jit
         @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
         def run(state, x):
             y, _ = nnx.merge(graphdef, state)(x, valid, True)
@@ -345,7 +337,7 @@ def test_bfloat16_is_close(combine_dtype: str) -> None:
 
 
 def test_the_bias_is_no_parameter() -> None:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh()
     with jax.set_mesh(mesh):
         layer = nnx.eval_shape(lambda: MoE(CONFIG, F32, rngs=nnx.Rngs(0)))
     params, biases = nnx.state(layer, nnx.Param), nnx.state(layer, RouterBias)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import chex
@@ -10,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh, quick_jit
 from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import (
     AttentionConfig,
-    MeshConfig,
     ModelConfig,
     MoEConfig,
     PrecisionConfig,
@@ -63,10 +62,6 @@ MESHES = [
 ]
 
 
-# Compiling is most of the time of these tests, so it is kept cheap.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 class Batch(NamedTuple):
     """[rows, length] each."""
 
@@ -110,9 +105,7 @@ def _setup(
     rematerialization: str = "none",
 ) -> Setup:
     """A decoder with random parameters that do not depend on the mesh."""
-    mesh = sharding.make_mesh(
-        MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())]
-    )
+    mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(
             lambda: Decoder(
@@ -156,7 +149,7 @@ def _loss_and_gradients(setup: Setup, batch: Batch):
         return total, stats
 
     with jax.set_mesh(setup.mesh):
-        run = _jit(jax.value_and_grad(loss, has_aux=True))
+        run = quick_jit(jax.value_and_grad(loss, has_aux=True))
         (value, stats), gradients = run(setup.params, setup.bias, setup.place(batch))
         specs = [
             jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (setup.params, gradients)
@@ -175,7 +168,7 @@ def _expected(config: ModelConfig):
 def _logits_function():
     setup = _setup({})
 
-    @_jit
+    @quick_jit
     def run(params, bias, batch):
         model = nnx.merge(setup.graphdef, params, bias)
         return model(batch.tokens, batch.positions, batch.segment_ids)
@@ -209,7 +202,7 @@ def test_without_segments_and_positions_a_row_is_one_document() -> None:
     batch = _one_document(_batch().tokens)
     setup, _ = _logits_function()
     with jax.set_mesh(setup.mesh):
-        run = _jit(lambda params, bias, x: nnx.merge(setup.graphdef, params, bias)(x))
+        run = quick_jit(lambda params, bias, x: nnx.merge(setup.graphdef, params, bias)(x))
         logits = run(setup.params, setup.bias, setup.place(batch).tokens)
     chex.assert_shape(logits, (ROWS, LENGTH, VOCAB))
     chex.assert_type(logits, jnp.float32)
@@ -325,7 +318,7 @@ def test_bfloat16_is_close() -> None:
     setup = _setup({}, compute_dtype="bfloat16")
     batch = _batch()
     with jax.set_mesh(setup.mesh):
-        run = _jit(lambda params, bias, x: nnx.merge(setup.graphdef, params, bias)(*x))
+        run = quick_jit(lambda params, bias, x: nnx.merge(setup.graphdef, params, bias)(*x))
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
         logits = run(setup.params, setup.bias, setup.place(inputs))
     chex.assert_type(logits, jnp.float32)
@@ -336,7 +329,7 @@ def test_bfloat16_is_close() -> None:
 
 def test_parameter_shapes() -> None:
     """By `eval_shape`: nothing is computed."""
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
+    mesh = make_mesh(fsdp=2, expert=2)
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Decoder(CONFIG, PrecisionConfig(), rngs=nnx.Rngs(0)))
         params, bias = (

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import chex
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh, quick_jit
 from flax import nnx
 
 from moe_jax import sharding
@@ -49,12 +49,9 @@ MODEL = ModelConfig(
 # Documents of a row, and padding behind them.
 DOCUMENTS = [[8], [3, 5], [2, 1, 4], [6]]
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def _model(sizes: dict[str, int] | None = None) -> LanguageModel:
-    sizes = {"fsdp": 1, **(sizes or {})}
-    mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(**(sizes or {}))
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
         lambda x: jax.device_put(rng.normal(scale=0.4, size=x.shape).astype(x.dtype), x.sharding),
@@ -93,7 +90,7 @@ def _ahead(model: LanguageModel, batch: dict[str, np.ndarray]) -> Any:
 
     inputs = [model.place(batch[name]) for name in ("tokens", "segment_ids", "positions")]
     with jax.set_mesh(model.mesh):
-        return jax.device_get(_jit(run)(model.parameters, model.router_bias, *inputs))
+        return jax.device_get(quick_jit(run)(model.parameters, model.router_bias, *inputs))
 
 
 def test_shifted_and_reaches() -> None:
@@ -121,7 +118,7 @@ def test_equals_the_modules_one_after_the_other_on_each_document() -> None:
         decoder = nnx.merge(model.graphdef, model.parameters, model.router_bias)
         graphdef, stacked = nnx.split(decoder.mtp)
 
-        @_jit
+        @quick_jit
         def chain(row):
             """One document, twice [2, length]; the logits that have the tokens they need."""
             length = row.shape[1]
@@ -184,7 +181,7 @@ def _step() -> tuple[Any, Any, Any]:
         state = first_state(CONFIG, model.parameters, model.router_bias)
         batch = {name: jnp.asarray(value)[None] for name, value in _batch().items()}
         batch = jax.device_put(batch, sharding.batch_sharding(model.mesh))
-        return jax.device_get((state, *_jit(make_train_step(CONFIG))(state, batch)))
+        return jax.device_get((state, *quick_jit(make_train_step(CONFIG))(state, batch)))
 
 
 def test_the_loss_is_the_mean_over_depths_per_token_of_the_batch() -> None:

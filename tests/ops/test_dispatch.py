@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax import sharding
-from moe_jax.config import MeshConfig
 from moe_jax.ops import dispatch
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
@@ -30,10 +29,6 @@ MESHES = [
     {"fsdp": 2, "expert_outer": 2, "expert": 2},
     {"fsdp": 4, "data": 2},
 ]
-
-
-# Compiling is most of the time of these tests, so it is kept cheap.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _one_to(expert: int) -> np.ndarray:
@@ -95,8 +90,7 @@ def _devices(mesh: dict[str, int]) -> int:
 def _compiled(mesh_items: tuple, capacity: int, experts: int, dtype: str = "float32"):
     """A function (inputs, ids, direction) -> result, rounds, gradients on a mesh, compiled once."""
     sizes = dict(mesh_items)
-    config = MeshConfig(**({"fsdp": 1} | sizes))
-    mesh = sharding.make_mesh(config, jax.devices()[: _devices(sizes)])
+    mesh = make_mesh(**sizes)
 
     def region(x, weights, experts_, ids):
         local = jax.tree.map(lambda w: jax.lax.pcast(w, ("data", "fsdp"), to="varying"), experts_)
@@ -123,7 +117,7 @@ def _compiled(mesh_items: tuple, capacity: int, experts: int, dtype: str = "floa
         gradients, (y, rounds) = jax.grad(loss, has_aux=True)(inputs)
         return y, rounds, gradients
 
-    compiled = _jit(forward_and_gradients)
+    compiled = quick_jit(forward_and_gradients)
 
     def run(inputs, ids, direction):
         with jax.set_mesh(mesh):
@@ -146,7 +140,7 @@ def _compiled_reference():
         gradients, y = jax.grad(loss, has_aux=True)(inputs)
         return y, gradients
 
-    return _jit(forward_and_gradients)
+    return quick_jit(forward_and_gradients)
 
 
 def _by_loops(inputs: Inputs, ids: np.ndarray) -> np.ndarray:
@@ -247,10 +241,10 @@ def test_capacity_has_bounds() -> None:
 
 def test_plan_ranks_in_token_order() -> None:
     ids = np.array([[0, 2], [2, 4], [4, 0], [2, 1], [-1, 2], [99, 0]], np.int32)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    mesh = make_mesh()
     with jax.set_mesh(mesh):
         make = functools.partial(dispatch.make_plan, num_experts=4, capacity=3, axes=BATCH_AXES)
-        plan = _jit(
+        plan = quick_jit(
             jax.shard_map(make, in_specs=BATCH, out_specs=dispatch.Plan(BATCH, BATCH, P()))
         )(jax.device_put(ids, jax.NamedSharding(mesh, BATCH)))
     seen: dict[int, int] = {}

@@ -6,9 +6,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+from emulated import make_mesh
 
-from moe_jax import sharding
-from moe_jax.config import MeshConfig, MoEConfig
+from moe_jax.config import MoEConfig
 from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES
 
@@ -55,8 +55,7 @@ def _run(
     config: MoEConfig,
     choices: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    count = math.prod(sizes.values())
-    mesh = sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:count])
+    mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(choices or _choices(), jax.NamedSharding(mesh, BATCH))
         run = jax.shard_map(

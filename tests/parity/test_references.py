@@ -7,15 +7,13 @@ itself.
 from pathlib import Path
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh
 from families import CONFIGS, directions, tokens
 from our_results import by_public_name, loss_and_gradients, packed, write_checkpoint
 
-from moe_jax import sharding
-from moe_jax.config import MeshConfig
 from moe_jax.interop import huggingface
 
 TOLERANCE = 1e-4  # of the logits' deviation, of a gradient's norm
@@ -69,7 +67,7 @@ def test_a_family_on_a_mesh_equals_its_reference(name: str, tmp_path: Path) -> N
     config, reference = CONFIGS[name], stored(name)
     seed = int(reference["seed"])
     write_checkpoint(tmp_path / "checkpoint", config, seed)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
+    mesh = make_mesh(fsdp=2, expert=2)
     logits = huggingface.load(tmp_path / "checkpoint", dtype="float32", mesh=mesh)(
         tokens(config, seed)
     )

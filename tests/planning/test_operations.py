@@ -4,17 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
-from flax import nnx
+from emulated import make_mesh
 
-from moe_jax import sharding
 from moe_jax.config import (
     AttentionConfig,
-    MeshConfig,
     ModelConfig,
     MoEConfig,
-    PrecisionConfig,
 )
-from moe_jax.models.decoder import Decoder, RouterBias
+from moe_jax.models.language_model import abstract_weights
 from moe_jax.planning.operations import Parameters, count_parameters, training_operations
 
 SMALL = ModelConfig(
@@ -37,10 +34,7 @@ SMALL = ModelConfig(
 
 def _shapes(config: ModelConfig) -> tuple[Any, Any]:
     """Shapes of the parameters and of the router biases."""
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = nnx.eval_shape(lambda: Decoder(config, PrecisionConfig(), rngs=nnx.Rngs(0)))
-    _, parameters, router_bias = nnx.split(model, nnx.Param, RouterBias)
-    return nnx.to_pure_dict(parameters), nnx.to_pure_dict(router_bias)
+    return abstract_weights(config, make_mesh())
 
 
 def test_a_small_model_by_hand() -> None:

@@ -1,0 +1,284 @@
+"""Fields that cannot run together, or not on a mesh, and the sentence for each."""
+
+import re
+from typing import Any
+
+import pytest
+from raw_configs import raw, refusal, stages
+
+from moe_jax import sharding, validation
+from moe_jax.config import MESH_AXES, Config, MeshConfig, UserError, build, to_dict
+
+# Changed fields -> the sentence.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"mesh.data": 0},
+        "config.mesh.data=0 must be at least 1, or -1 for the devices that are left",
+    ),
+    (
+        {"mesh.data": -1, "mesh.fsdp": -1},
+        "only one mesh axis may be -1, but config.mesh.data and config.mesh.fsdp are",
+    ),
+    *(
+        (
+            {f"mesh.{axis}": size},
+            f"config.mesh.{axis}={size} is not implemented yet and must be 1; use data, fsdp, "
+            "expert_outer and expert",
+        )
+        for axis, size in (("tensor", 2), ("context", 2), ("pipeline", 2))
+    ),
+    (
+        {"model.first_k_dense_replace": 5},
+        "config.model.first_k_dense_replace=5 must not exceed config.model.num_hidden_layers=4",
+    ),
+    *(
+        ({f"model.{field}": "other"}, f"config.model.{field}='other' must be one of {options}")
+        for field, options in (
+            ("initializer", "normal, fan_in"),
+            ("attention.kind", "latent, grouped_query"),
+            ("rope.scaling", "none, yarn, llama3"),
+            ("moe.scoring_func", "sigmoid, softmax"),
+            ("moe.topk_method", "noaux_tc, group_limited_greedy, greedy"),
+            ("moe.token_dropping", "none, expert, device"),
+        )
+    ),
+    (
+        {"model.attention.kind": "grouped_query", "model.attention.num_key_value_heads": 3},
+        "config.model.attention.num_heads=4 must be a multiple of "
+        "config.model.attention.num_key_value_heads=3: as many query heads share each of them",
+    ),
+    (
+        {"model.attention.kind": "grouped_query", "model.attention.head_dim": 9},
+        "config.model.attention.head_dim=9 must be even: rotary dims go in pairs",
+    ),
+    ({"model.rope.theta": 1.0}, "config.model.rope.theta=1.0 must be above 1"),
+    (
+        {"model.rope.beta_slow": 32.0},
+        "config.model.rope.beta_slow=32.0 must be above 0 and below config.model.rope."
+        "beta_fast=32.0",
+    ),
+    (
+        {"model.rope.high_freq_factor": 0.5},
+        "config.model.rope.low_freq_factor=1.0 must be above 0 and below config.model.rope."
+        "high_freq_factor=0.5",
+    ),
+    (
+        {"model.moe.num_device_groups": 3},
+        "config.model.moe.num_experts=16 must be a multiple of config.model.moe."
+        "num_device_groups=3: groups are equal",
+    ),
+    (
+        {"model.moe.topk_method": "greedy"},
+        "config.model.moe.topk_method='greedy' knows no groups, so config.model.moe."
+        "num_limited_groups=2 must be config.model.moe.num_expert_groups=4",
+    ),
+    (
+        {"model.moe.communication_loss_weight": 0.1},
+        "config.model.moe.num_device_groups=1 must be config.model.moe.num_expert_groups=4 for "
+        "the communication loss, which counts the groups that a token is sent to",
+    ),
+    (
+        {"model.moe.capacity_factor": 0.0},
+        "config.model.moe.capacity_factor=0.0 must be above 0",
+    ),
+    (
+        {"model.moe.undropped_sequences": 1.5},
+        "config.model.moe.undropped_sequences=1.5 must be between 0 and 1",
+    ),
+    (
+        {"model.moe.token_dropping": "expert", "model.moe.capacity_group": 64},
+        "the 32 rows of a micro-batch in config.data.stages[0] must be a multiple of "
+        "config.model.moe.capacity_group=64",
+    ),
+    (
+        {"model.num_nextn_predict_layers": 300},
+        "config.model.num_nextn_predict_layers=300 must be below config.data.stages[0]."
+        "sequence_length=128",
+    ),
+    (
+        {"model.attention.qk_rope_head_dim": 15},
+        "config.model.attention.qk_rope_head_dim=15 must be even: rotary dims go in pairs",
+    ),
+    (
+        {"model.moe.num_experts_per_tok": 17},
+        "config.model.moe.num_experts_per_tok=17 must not exceed config.model.moe.num_experts=16",
+    ),
+    (
+        {"model.moe.num_expert_groups": 3},
+        "config.model.moe.num_experts=16 must be a multiple of "
+        "config.model.moe.num_expert_groups=3: groups are equal",
+    ),
+    (
+        {"model.moe.num_limited_groups": 5},
+        "config.model.moe.num_limited_groups=5 must not exceed "
+        "config.model.moe.num_expert_groups=4",
+    ),
+    (
+        {"model.moe.num_experts_per_tok": 9},
+        "config.model.moe.num_experts_per_tok=9 exceeds the 8 experts of "
+        "config.model.moe.num_limited_groups=2 groups",
+    ),
+    (
+        {"precision.compute_dtype": "float16"},
+        "config.precision.compute_dtype='float16' must be one of float32, bfloat16",
+    ),
+    (
+        {"precision.combine_dtype": "bf16"},
+        "config.precision.combine_dtype='bf16' must be one of float32, bfloat16",
+    ),
+    (
+        {"data.holdout_every": 1},
+        "config.data.holdout_every=1 would hold out every document; 0 holds out none",
+    ),
+    (
+        {"data.source": ""},
+        "config.data.source='' is empty; give 'stdlib' or a glob of .jsonl and text files",
+    ),
+    (
+        {"data.stages": stages((0, None))},
+        "config.data.stages[0].sequence_length=0 must be at least 1",
+    ),
+    (
+        {"data.stages": stages((128, 4096), (1024, None))},
+        "config.data.stages[1].sequence_length=1024 exceeds "
+        "config.model.max_position_embeddings=512",
+    ),
+    (
+        {"data.stages": stages((96, None))},
+        "config.training.tokens_per_step=4096 must be a multiple of "
+        "config.data.stages[0].sequence_length=96",
+    ),
+    (
+        {"data.num_streams": 32},
+        "the 16 rows of config.data.stages[1] (4096 tokens / 256) must be a multiple of "
+        "config.data.num_streams=32",
+    ),
+    (
+        {"training.micro_batches": 3},
+        "the 32 rows of config.data.stages[0] (4096 tokens / 128) must be a multiple of "
+        "config.training.micro_batches=3",
+    ),
+    (
+        {"data.stages": stages((128, 4096), (256, 4096))},
+        "config.data.stages[1].tokens=4096 must be None: the last stage lasts to the end",
+    ),
+    (
+        {"data.stages": stages((128, None), (256, None))},
+        "config.data.stages[0].tokens=None must be at least 1: another stage follows",
+    ),
+    (
+        {"data.stages": stages((128, 0), (256, None))},
+        "config.data.stages[0].tokens=0 must be at least 1: another stage follows",
+    ),
+    ({"seed": 2**63}, "config.seed=9223372036854775808 must be below 2**63"),
+    (
+        {"training.stop_after_step": 241},
+        "config.training.stop_after_step=241 must not exceed config.training.num_steps=240",
+    ),
+    (
+        {"training.rematerialization": "some"},
+        "config.training.rematerialization='some' must be one of none, full",
+    ),
+    (
+        {"optimizer.final_lr": 0.1},
+        "config.optimizer.final_lr=0.1 must not exceed config.optimizer.peak_lr=0.004",
+    ),
+    ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm=0.0 must be above 0"),
+    ({"optimizer.eps": 0.0}, "config.optimizer.eps=0.0 must be above 0"),
+    ({"optimizer.b1": 1.0}, "config.optimizer.b1=1.0 must be in [0, 1)"),
+    ({"optimizer.b2": -0.1}, "config.optimizer.b2=-0.1 must be in [0, 1)"),
+    ({"optimizer.ema_decay": 1.5}, "config.optimizer.ema_decay=1.5 must be in [0, 1)"),
+    (
+        {"training.sample_tokens": 508},
+        "config.training.sample_tokens=508 after the 5 tokens of config.training.sample_prompt "
+        "exceeds config.model.max_position_embeddings=512",
+    ),
+    *(
+        (
+            {"profile.steps": text},
+            f"config.profile.steps='{text}' must be two steps with a colon between, as in 10:13",
+        )
+        for text in ("5", "5:", ":5", "5:5", "6:5", "0:5", "-1:5", "a:b", "1:2:3", "1.0:2")
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), REFUSED, ids=[str(f) for f, _ in REFUSED])
+def test_combinations_that_cannot_run(fields: dict[str, Any], sentence: str) -> None:
+    assert refusal(fields) == sentence
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mesh.expert": -1, "mesh.fsdp": 8},
+        {"model.first_k_dense_replace": 4},
+        {"model.attention.q_lora_rank": None},
+        {"model.moe.num_experts_per_tok": 8},
+        {"model.moe.num_experts_per_tok": 16, "model.moe.num_limited_groups": 4},
+        {"data.holdout_every": 0},
+        {"data.stages": [{}]},
+        {"data.num_streams": 16, "training.micro_batches": 16},
+        {"training.stop_after_step": 240, "optimizer.warmup_steps": 241},
+        {"optimizer.peak_lr": 1, "optimizer.final_lr": 1},  # an int for a float
+        {"optimizer.b1": 0.0, "optimizer.ema_decay": 0.9999},
+        {"training.sample_tokens": 507},
+        {"training.sample_tokens": 0, "training.sample_prompt": "x" * 600},
+        {"profile.steps": "1:2"},
+        {"seed": 2**63 - 1},
+    ],
+    ids=str,
+)
+def test_what_is_just_within_the_bounds_is_accepted(fields: dict[str, Any]) -> None:
+    config = validation.parse(raw(fields))
+    assert build(Config, to_dict(config)) == config
+
+
+def _sizes(**axes: int) -> dict[str, int]:
+    return dict.fromkeys(MESH_AXES, 1) | axes
+
+
+def test_experts_divide_over_the_mesh() -> None:
+    config = validation.parse(raw({}))
+    validation.check_mesh(config, _sizes(fsdp=2, expert=4))
+    validation.check_mesh(config, _sizes(expert_outer=4, expert=4))
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(config, _sizes(expert_outer=2, expert=3))
+    assert str(error.value) == (
+        "config.model.moe.num_experts=16 must be a multiple of the 6 devices of "
+        "config.mesh.expert_outer=2 times config.mesh.expert=3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "axes", "rows", "stage", "length", "micro", "devices"),
+    [
+        ({}, {"data": 32}, 16, 1, 256, 1, 32),
+        ({}, {"data": 3}, 32, 0, 128, 1, 3),
+        ({"training.micro_batches": 4}, {"data": 2, "fsdp": 2, "expert": 2}, 4, 1, 256, 4, 8),
+        ({"training.micro_batches": 16}, {"expert_outer": 2}, 1, 1, 256, 16, 2),
+    ],
+)
+def test_rows_of_a_micro_batch_divide_over_the_mesh(
+    fields: dict[str, Any],
+    axes: dict[str, int],
+    rows: int,
+    stage: int,
+    length: int,
+    micro: int,
+    devices: int,
+) -> None:
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(validation.parse(raw(fields)), _sizes(**axes))
+    assert str(error.value) == (
+        f"the {rows} rows of a micro-batch in config.data.stages[{stage}] "
+        f"(config.training.tokens_per_step=4096 / sequence_length={length} / "
+        f"config.training.micro_batches={micro}) must be a multiple of the {devices} devices that "
+        "the batch is split over (data * fsdp * expert_outer * expert)"
+    )
+
+
+def test_devices_that_the_mesh_does_not_divide() -> None:
+    mesh = MeshConfig(num_cpu_devices=8, fsdp=-1, expert=3)
+    with pytest.raises(UserError, match=re.escape("(fsdp=-1 * expert=3) does not fit 8 devices")):
+        sharding.mesh_sizes(mesh, mesh.num_cpu_devices)
