@@ -368,6 +368,24 @@ def field_names(path: str) -> list[str]:
     return list(typing.get_type_hints(kind)) if dataclasses.is_dataclass(kind) else []
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dicts and lists, as JSON gives them back."""
+# Fields of config.model.moe by which training balances and dispatches: no weight depends on them.
+BALANCING = (
+    *("bias_update_speed", "num_device_groups", "token_dropping", "capacity_factor"),
+    *("capacity_group", "undropped_sequences", "buffer_factor"),
+    *(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_loss_weight")),
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dicts and lists, as JSON gives them back, of a config or a group of it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differing(before: Any, now: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:
+    """What differs between two results of `to_dict`: both values by the field's whole name."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {path: (before, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**before, **now}:
+        found |= differing(before.get(name), now.get(name), f"{path}.{name}")
+    return found

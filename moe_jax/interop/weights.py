@@ -1,25 +1,22 @@
 """The weights of a checkpoint of either kind, on a mesh."""
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import ModelConfig, UserError
+from moe_jax.config import BALANCING, ModelConfig, UserError, differing, to_dict
 from moe_jax.interop.huggingface import place_weights, read_folder
 from moe_jax.interop.lazy import Tree
 from moe_jax.interop.orbax_files import find_checkpoint, read_checkpoint
 
 # Fields of the model in which a checkpoint and a run may differ without a word: they are of
-# training, or of no weight.
-FREE = ("initializer", "initializer_range", "max_position_embeddings", "num_nextn_predict_layers")
-FREE_OF_MOE = (
-    *("bias_update_speed", "num_device_groups", "buffer_factor", "token_dropping"),
-    *("capacity_factor", "capacity_group", "undropped_sequences"),
-)
+# training, or of no weight. The depth of multi-token prediction is compared by itself.
+FREE = {
+    *("initializer", "initializer_range", "max_position_embeddings", "num_nextn_predict_layers"),
+    *(f"moe.{name}" for name in BALANCING),
+}
 
 
 class Weights(NamedTuple):
@@ -84,8 +81,9 @@ def _check(stored: ModelConfig, config: ModelConfig, path: str | Path) -> list[s
     """What differs and may."""
     routed = config.first_k_dense_replace < config.num_hidden_layers
     fatal, notes = [], []
-    for name, before, now in _differing(stored, config):
-        if name.startswith("moe.") and not routed:
+    for field, (before, now) in differing(to_dict(stored), to_dict(config)).items():
+        name = field.removeprefix("config.")
+        if name in FREE or (name.startswith("moe.") and not routed):
             continue
         if name.startswith("rope.") and name != "rope.interleaved":
             # Stretched in the course of training, or on purpose.
@@ -100,20 +98,3 @@ def _check(stored: ModelConfig, config: ModelConfig, path: str | Path) -> list[s
     if fatal:
         raise UserError(f"{path} is of another model: {'; '.join(fatal)}")
     return notes
-
-
-def _differing(stored: Any, config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(stored):
-        before, now = getattr(stored, field.name), getattr(config, field.name)
-        name = f"{path}{field.name}"
-        if dataclasses.is_dataclass(before):
-            yield from _differing(before, now, f"{name}.")
-        elif before != now and not _is_free(name):
-            yield name, before, now
-
-
-def _is_free(name: str) -> bool:
-    group, _, field = name.rpartition(".")
-    if group == "moe":
-        return field in FREE_OF_MOE or field.endswith("_loss_weight")
-    return name in FREE

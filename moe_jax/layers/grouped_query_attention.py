@@ -24,7 +24,7 @@ class GroupedQueryAttention(nnx.Module):
         sizes, dim = config.attention, config.hidden_size
         self.sizes, self.rope = sizes, config.rope
         shared: dict[str, Any] = dict(
-            initializer=Initializer(config.initializer, config.initializer_range),
+            initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
             rngs=rngs,
         )

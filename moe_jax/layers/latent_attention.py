@@ -29,7 +29,7 @@ class LatentAttention(nnx.Module):
         self.sizes, self.rope = sizes, config.rope
         heads, nope, rope = sizes.num_heads, sizes.qk_nope_head_dim, sizes.qk_rope_head_dim
         shared: dict[str, Any] = dict(
-            initializer=Initializer(config.initializer, config.initializer_range),
+            initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
             rngs=rngs,
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
+from moe_jax.config import ModelConfig
 from moe_jax.ops.weight_product import weight_product
 from moe_jax.sharding import P
 
@@ -19,6 +20,10 @@ class Initializer:
 
     kind: str
     range: float
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Initializer":
+        return cls(config.initializer, config.initializer_range)
 
     def __call__(self, key: jax.Array, shape: Sequence[int], fan_in: int, spec: P) -> jax.Array:
         if self.kind == "normal":

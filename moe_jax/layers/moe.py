@@ -43,7 +43,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, experts = config.hidden_size, config.moe.num_experts
-        initializer = Initializer(config.initializer, config.initializer_range)
+        initializer = Initializer.of(config)
         self.weight = parameter(rngs, (dim, experts), ("embed", None), initializer, dim)
         if config.moe.topk_method == "noaux_tc":
             self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
@@ -63,7 +63,7 @@ class MoE(nnx.Module):
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.router = Router(config, rngs=rngs)
-        initializer = Initializer(config.initializer, config.initializer_range)
+        initializer = Initializer.of(config)
         hidden = moe.intermediate_size
         wide, narrow = (moe.num_experts, dim, hidden), (moe.num_experts, hidden, dim)
         self.gate = parameter(rngs, wide, ("experts", "embed", None), initializer, dim)

@@ -73,7 +73,7 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(
                 dim,
                 config.intermediate_size,
-                initializer=Initializer(config.initializer, config.initializer_range),
+                initializer=Initializer.of(config),
                 dtype=jnp.dtype(precision.compute_dtype),
                 rngs=rngs,
             )

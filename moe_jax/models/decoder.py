@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(precision.compute_dtype)
-        initializer = Initializer(config.initializer, config.initializer_range)
+        initializer = Initializer.of(config)
         dim, dense = config.hidden_size, config.first_k_dense_replace
         routed = config.num_hidden_layers - dense
         self.config = config

@@ -36,7 +36,7 @@ class PredictionModule(nnx.Module):
             (2 * dim,),
             (dim,),
             ("embed", None),
-            initializer=Initializer(config.initializer, config.initializer_range),
+            initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
             rngs=rngs,
         )

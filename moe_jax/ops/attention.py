@@ -30,20 +30,40 @@ def attention(
     Returns:
       [batch, length, heads, v dim] in v's dtype.
     """
-    batch, length, heads, dim = q_BLHQ.shape
-    groups = k_BLGQ.shape[2]
-    q_BLGRQ = reshape_rows(q_BLHQ, (batch, length, groups, heads // groups, dim))
-    scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BLGQ, preferred_element_type=jnp.float32)
+    length = q_BLHQ.shape[1]
     causal = jnp.tril(jnp.ones((length, length), jnp.bool))
     same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-    # A position always sees itself, so no row is masked whole.
-    scores = jnp.where((causal & same)[:, None, None], scores * scale, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGV.dtype)
-    values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BLGV)
-    return reshape_rows(values, (batch, length, heads, v_BLGV.shape[-1]))
+    return masked_attention(q_BLHQ, k_BLGQ, v_BLGV, causal & same, scale)
 
 
-def reshape_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def masked_attention(
+    q_BLHQ: jax.Array,
+    k_BMGQ: jax.Array,
+    v_BMGV: jax.Array,
+    seen_BLM: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """softmax(scale * q k^T) v over the keys that each query sees; at least one each.
+
+    Args:
+      q_BLHQ: [batch, length, heads, qk dim].
+      k_BMGQ, v_BMGV: [batch, keys, key/value heads, dim].
+      seen_BLM: [batch, length, keys] bool.
+      scale: factor on the scores.
+    Returns:
+      [batch, length, heads, v dim] in v's dtype.
+    """
+    batch, length, heads, dim = q_BLHQ.shape
+    groups = k_BMGQ.shape[2]
+    q_BLGRQ = _reshape_rows(q_BLHQ, (batch, length, groups, heads // groups, dim))
+    scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BMGQ, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen_BLM[:, None, None], scores * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMGV.dtype)
+    values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BMGV)
+    return _reshape_rows(values, (batch, length, heads, v_BMGV.shape[-1]))
+
+
+def _reshape_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x.reshape(shape), which alone forgets how the first dim is split where that has one row."""
     spec = jax.typeof(x).sharding.spec
     if not spec or spec[0] is None:

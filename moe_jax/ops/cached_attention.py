@@ -11,7 +11,7 @@ whatever they hold does not count.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.attention import reshape_rows
+from moe_jax.ops.attention import masked_attention
 
 
 def grouped_query_attention(
@@ -31,13 +31,8 @@ def grouped_query_attention(
     Returns:
       [batch, new tokens, heads, v dim] in v's dtype.
     """
-    batch, length, heads, dim = q_BLHQ.shape
-    groups = k_BMGQ.shape[2]
-    q_BLGRQ = reshape_rows(q_BLHQ, (batch, length, groups, heads // groups, dim))
-    scores = jnp.einsum("blgrq,bmgq->bgrlm", q_BLGRQ, k_BMGQ, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * scale, positions_BL).astype(v_BMGV.dtype)
-    values = jnp.einsum("bgrlm,bmgv->blgrv", weights, v_BMGV)
-    return reshape_rows(values, (batch, length, heads, v_BMGV.shape[-1]))
+    seen_BLM = _seen(positions_BL, k_BMGQ.shape[1])
+    return masked_attention(q_BLHQ, k_BMGQ, v_BMGV, seen_BLM, scale)
 
 
 def absorbed_attention(
@@ -67,7 +62,9 @@ def absorbed_attention(
     wide = jnp.float32
     scores = jnp.einsum("blhc,bmc->bhlm", q_latent_BLHC, latent_BMC, preferred_element_type=wide)
     scores += jnp.einsum("blhp,bmp->bhlm", q_rope_BLHP, k_rope_BMP, preferred_element_type=wide)
-    weights = _softmax(scores * scale, positions_BL).astype(latent_BMC.dtype)
+    seen_BLM = _seen(positions_BL, latent_BMC.shape[1])
+    scores = jnp.where(seen_BLM[:, None], scores * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latent_BMC.dtype)
     latents_BLHC = jnp.einsum("bhlm,bmc->blhc", weights, latent_BMC)
     return jnp.einsum("blhc,chv->blhv", latents_BLHC, up_value_CHV)
 
@@ -96,10 +93,6 @@ def absorbed_attention_reference(
     )
 
 
-def _softmax(scores_BXLM: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    """Over the slots that each query sees; [batch, ..., new tokens, slots] float32."""
-    seen_BLM = jnp.arange(scores_BXLM.shape[-1]) <= positions_BL[..., None]
-    between = range(1, scores_BXLM.ndim - 2)
-    return jax.nn.softmax(
-        jnp.where(jnp.expand_dims(seen_BLM, tuple(between)), scores_BXLM, -jnp.inf), axis=-1
-    )
+def _seen(positions_BL: jax.Array, slots: int) -> jax.Array:
+    """The slots that each query sees: [batch, new tokens, slots] bool."""
+    return jnp.arange(slots) <= positions_BL[..., None]

@@ -7,18 +7,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import Config, UserError, field_names, to_dict
+from moe_jax.config import BALANCING, Config, UserError, differing, to_dict
 
 FORMAT = 2
 # The batches, the model and the state's names depend on these; anything else may change.
 FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_per_step")
-BALANCING = tuple(
-    name
-    for name in field_names("config.model.moe")
-    if name.endswith("_loss_weight")
-    or name in ("bias_update_speed", "num_device_groups", "buffer_factor", "token_dropping")
-    or name in ("capacity_factor", "capacity_group", "undropped_sequences")
-)
 # Of those, what changes nothing. The corpus itself is compared by its fingerprint.
 FREE = (
     *("config.data.source", "config.data.prefetch", "config.data.skip_invalid"),
@@ -71,15 +64,11 @@ def check(document: dict[str, Any], config: Config, fingerprint: str, place: str
             f"{place} has format {document['format']}, this version reads {FORMAT}; give another "
             "--workdir"
         )
-    before, now = _flat(document["config"]), _flat(to_dict(config))
-    differing = {
-        name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+    changed = {
+        name: f"{name}: {before!r} -> {now!r}"
+        for name, (before, now) in sorted(differing(document["config"], to_dict(config)).items())
     }
-    fatal = [
-        text for name, text in differing.items() if name.startswith(FIXED) and name not in FREE
-    ]
+    fatal = [text for name, text in changed.items() if name.startswith(FIXED) and name not in FREE]
     if fatal:
         raise UserError(
             f"{place} was written under another configuration ({'; '.join(fatal)}); set these back "
@@ -92,13 +81,4 @@ def check(document: dict[str, Any], config: Config, fingerprint: str, place: str
             "library differs between Python versions); go on with the same or give another "
             "--workdir"
         )
-    return list(differing.values())
-
-
-def _flat(value: Any, path: str = "config") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{path}.{key}")
-    return flat
+    return list(changed.values())

@@ -226,24 +226,14 @@ def _ahead_loss(model: Decoder, hidden_KBLD: jax.Array, batch: Batch) -> jax.Arr
     return total / len(hidden_KBLD)
 
 
-def make_logits(config: Config) -> Callable[..., jax.Array]:
-    """The function (state, tokens, positions, segment_ids) -> logits of `Decoder.__call__`."""
-    graphdef = graph(config)
-
-    def logits(state, tokens, positions=None, segment_ids=None):
-        model = nnx.merge(graphdef, state["parameters"], state["router_bias"])
-        return model(tokens, positions, segment_ids)
-
-    return logits
-
-
 def make_eval_step(config: Config) -> Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]:
     """The function (state, batch) -> (sum of the loss in nats, sum of the loss weights)."""
-    logits_of = make_logits(config)
+    graphdef = graph(config)
 
     def eval_step(state, batch):
         batch = jax.tree.map(lambda x: x[0], batch)
-        logits = logits_of(state, batch["tokens"], batch["positions"], batch["segment_ids"])
+        model = nnx.merge(graphdef, state["parameters"], state["router_bias"])
+        logits = model(batch["tokens"], batch["positions"], batch["segment_ids"])
         return (
             cross_entropy(logits, batch["targets"], batch["loss_weights"]),
             jnp.sum(batch["loss_weights"]),
