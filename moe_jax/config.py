@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -379,6 +380,21 @@ BALANCING = (
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dicts and lists, as JSON gives them back, of a config or a group of it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      ValueError: it holds none.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is no JSON object")
+    return value
 
 
 def differing(before: Any, now: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:

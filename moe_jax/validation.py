@@ -56,7 +56,7 @@ def _value(config: Config, field: str) -> Any:
 def _check(config: Config) -> None:
     """What can be known without devices; `check_mesh` has the rest."""
     _check_mesh_fields(config)
-    _check_model(config)
+    check_model(config)
     _check_data(config)
     _check_run(config)
 
@@ -84,7 +84,12 @@ def _one_of(config: Config, field: str, *options: str) -> None:
     _require(value in options, f"config.{field}={value!r} must be one of {', '.join(options)}")
 
 
-def _check_model(config: Config) -> None:
+def check_model(config: Config) -> None:
+    """The checks of `config.model` and `config.precision`.
+
+    Raises:
+      ValueError: see `parse`.
+    """
     _at_least(
         config,
         1,

@@ -1,6 +1,5 @@
 """Text to token ids and back."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
-from moe_jax.config import UserError
+from moe_jax.config import UserError, read_json
 
 BOUNDARY = 256  # stands before and after each document
 
@@ -118,9 +117,4 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}") from None
+    return read_json(file) if file.is_file() else {}

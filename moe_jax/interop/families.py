@@ -7,7 +7,8 @@ Two styles of config.json exist: `rope_theta`, `rope_scaling` and `torch_dtype`,
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, UserError
+from moe_jax import validation
+from moe_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig, RopeConfig, UserError
 
 Json = dict[str, Any]
 
@@ -28,14 +29,32 @@ FIXED = {
 }
 YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
 LLAMA3 = ("low_freq_factor", "high_freq_factor")
+WORDS = ("topk_method", "scoring_func", "rope_type", "type")
+FLAGS = ("tie_word_embeddings", "rope_interleave", "norm_topk_prob", "truncate")
+GROUPS = ("rope_parameters", "rope_scaling")
+FRACTIONS = (
+    *("rms_norm_eps", "initializer_range", "rope_theta", "factor", "routed_scaling_factor"),
+    *("aux_loss_alpha", "router_aux_loss_coef"),
+    *(name for name in (*YARN, *LLAMA3) if name not in FLAGS),
+)
 
 
 def from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
-      ValueError: a family, a routing or another option that this project does not have.
+      ValueError: a family, a routing or another option that this project does not have, a value of
+        the wrong type, or values that contradict each other.
     """
+    model = _model(raw)
+    try:
+        validation.check_model(Config(model=model))
+    except UserError as error:
+        raise UserError(f"config.json describes no model: {error}") from None
+    return model
+
+
+def _model(raw: Mapping[str, Any]) -> ModelConfig:
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(
@@ -74,14 +93,18 @@ def from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 class _Reader:
-    """Fields of a config.json; one that is missing and has no default is an error."""
+    """Fields of a config.json; one of the wrong type, or missing without a default, is an error."""
 
     def __init__(self, raw: Mapping[str, Any]):
         self.raw = raw
+        kinds = {FRACTIONS: (int, float), WORDS: (str,), FLAGS: (bool,), GROUPS: (dict,)}
+        self._kinds = {name: kind for names, kind in kinds.items() for name in names}
 
     def __call__(self, name: str, *default: Any) -> Any:
         value = self.raw.get(name)
         if value is not None:
+            if type(value) not in self._kinds.get(name, (int,)):
+                raise UserError(f"config.json has {name}={value!r}, which is of the wrong type")
             return value
         if not default:
             raise UserError(f"config.json of model_type {self.raw['model_type']!r} has no {name}")
@@ -106,14 +129,15 @@ def _grouped_query(read: _Reader) -> AttentionConfig:
         kind="grouped_query",
         num_heads=heads,
         num_key_value_heads=read("num_key_value_heads", heads),
-        head_dim=read("head_dim", read("hidden_size") // heads),
+        head_dim=read("head_dim", read("hidden_size") // max(heads, 1)),
     )
 
 
 def _rope(read: _Reader, interleaved: bool) -> RopeConfig:
-    scaling = read("rope_parameters", None) or read("rope_scaling", None) or {}
-    theta = float(scaling.get("rope_theta") or read("rope_theta"))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    group = read("rope_parameters", None) or read("rope_scaling", None) or {}
+    scaling = _Reader({**group, "model_type": read.raw["model_type"]})
+    theta = float(scaling("rope_theta", None) or read("rope_theta"))
+    kind = scaling("rope_type", None) or scaling("type", "default")
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
     names = {"yarn": YARN, "llama3": LLAMA3}.get(kind)
@@ -121,9 +145,10 @@ def _rope(read: _Reader, interleaved: bool) -> RopeConfig:
         raise UserError(
             f"config.json has rotary scaling {kind!r}; supported are default, yarn and llama3"
         )
-    original = scaling.get("original_max_position_embeddings") or read("max_position_embeddings")
-    factor = scaling.get("factor") or read("max_position_embeddings") / original
-    given = {name: scaling[name] for name in names if scaling.get(name) is not None}
+    longest = read("max_position_embeddings")
+    original = scaling("original_max_position_embeddings", longest)
+    factor = scaling("factor", None) or longest / max(original, 1)
+    given = {name: scaling(name) for name in names if group.get(name) is not None}
     values: Json = {name: x if isinstance(x, bool) else float(x) for name, x in given.items()}
     return RopeConfig(
         theta=theta,

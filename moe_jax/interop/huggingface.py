@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig, ModelConfig, PrecisionConfig, UserError
+from moe_jax.config import MeshConfig, ModelConfig, PrecisionConfig, UserError, read_json
 from moe_jax.interop import families, names
 from moe_jax.interop.lazy import Lazy, Tree, flatten, from_array, place, unflatten
 from moe_jax.interop.tensors import BLOCK, INDEX, SCALE, SINGLE, Tensors, quantized
@@ -98,7 +98,7 @@ def read_folder(path: Path) -> tuple[ModelConfig, Tree, list[str]]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is no Hugging Face folder: it has no config.json")
-    config = families.from_huggingface(json.loads(file.read_text()))
+    config = families.from_huggingface(read_json(file))
     tensors = Tensors(path)
     config, notes = _without_absent_depths(config, tensors)
 

@@ -6,7 +6,6 @@ one stands alone and holds `parameters` and `router_bias` only.
 """
 
 import asyncio
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging as absl_logging
 
-from moe_jax.config import ModelConfig, UserError, build
+from moe_jax.config import ModelConfig, UserError, build, read_json
 from moe_jax.interop.lazy import Index, Lazy, Tree, piece_shape, pieces, unflatten
 
 WEIGHTS = ("parameters", "router_bias")
@@ -56,12 +55,11 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, Tree]:
     for file in (document, metadata):
         if not file.is_file():
             raise UserError(f"checkpoint {path} is not whole: {file} is missing")
-    config = json.loads(document.read_text())["config"]
+    config, described = read_json(document).get("config"), read_json(metadata)
     try:
-        model = build(ModelConfig, config["model"], "config.model")
+        model = build(ModelConfig, config and config.get("model"), "config.model")
     except UserError as error:
         raise UserError(f"checkpoint {path} is of another version: {error}") from None
-    described = json.loads(metadata.read_text())
     paths = [
         tuple(key["key"] for key in entry["key_metadata"])
         for entry in described["tree_metadata"].values()

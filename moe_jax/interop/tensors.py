@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.config import UserError
+from moe_jax.config import UserError, read_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -56,7 +56,7 @@ class Tensors:
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(self._weight_map(index).values()))
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
@@ -73,10 +73,17 @@ class Tensors:
             )
         raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
 
+    @staticmethod
+    def _weight_map(index: Path) -> dict[str, str]:
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index} has no weight_map")
+        return names
+
     def _check_index(self, stored: dict[str, _Stored]) -> None:
         index = self.folder / INDEX
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
+            names = self._weight_map(index)
             wrong = [
                 f"{name} in {file}"
                 for name, file in names.items()

@@ -305,3 +305,13 @@ def test_a_dtype_that_is_no_weight_s(tmp_path: Path) -> None:
     values = tensors(LLAMA)
     save_file({**values, "steps": np.ones(1, np.int32)}, folder / "model.safetensors")
     assert "steps is I32; dtypes that are known" in _refusal(read_weights, folder)
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "source", LLAMA)
+    (folder / INDEX).write_text("{}")
+    assert _refusal(read_weights, folder) == f"{folder / INDEX} has no weight_map"
+    (folder / "config.json").write_text("[1]")
+    assert _refusal(read_weights, folder) == f"{folder / 'config.json'} is no JSON object"
+    (folder / "config.json").write_text("{")
+    assert _refusal(read_weights, folder).startswith(f"{folder / 'config.json'} is no JSON: ")

@@ -93,6 +93,19 @@ def test_v2_normalises_instead_of_scaling() -> None:
             "config.json has sliding_window=4096; supported is None",
         ),
         (
+            LLAMA | {"hidden_size": "16"},
+            "config.json has hidden_size='16', which is of the wrong type",
+        ),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": [8]}},
+            "config.json has factor=[8], which is of the wrong type",
+        ),
+        (
+            V3 | {"n_group": 3},
+            "config.json describes no model: config.model.moe.num_experts=4 must be a multiple of "
+            "config.model.moe.num_expert_groups=3: groups are equal",
+        ),
+        (
             {name: value for name, value in V3.items() if name != "kv_lora_rank"},
             "config.json of model_type 'deepseek_v3' has no kv_lora_rank",
         ),
