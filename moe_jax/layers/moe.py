@@ -125,9 +125,13 @@ class MoE(nnx.Module):
             chosen = routing.route(scores_BLE.reshape(-1, config.num_experts), bias_E, config)
             ids_BLK = chosen.expert_ids_TK.reshape(*valid_BL.shape, -1)
             sequence_losses = balance.sequence_losses(scores_BLE, ids_BLK, valid_BL, config)
-            share_E = jnp.sum(
-                balance.normalized(scores_BLE), axis=(0, 1), where=valid_BL[..., None]
-            )
+            shares_BLE = balance.normalized(scores_BLE)
+            # What no loss weighs must not cost a backward pass.
+            if not (config.switch_loss_weight or config.mixtral_loss_weight):
+                shares_BLE = jax.lax.stop_gradient(shares_BLE)
+            if not config.z_loss_weight:
+                logits_BLE = jax.lax.stop_gradient(logits_BLE)
+            share_E = jnp.sum(shares_BLE, axis=(0, 1), where=valid_BL[..., None])
             z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1)), where=valid_BL)
             ids_BLK = jnp.where(valid_BL[..., None], ids_BLK, jnp.int32(config.num_experts))
             load_E = routing.expert_load(ids_BLK, config.num_experts)

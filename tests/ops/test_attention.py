@@ -1,15 +1,18 @@
-"""Attention within documents, against loops."""
+"""Attention within documents, against loops and against all scores of a row at once."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import make_mesh, quick_jit
 
-from moe_jax.ops.attention import attention
+from moe_jax.ops import attention as attention_module
+from moe_jax.ops.attention import attention, attention_reference
+from moe_jax.sharding import BATCH
 
 # Two query heads share a head of keys and values; two head dims that differ.
-BATCH, LENGTH, HEADS, GROUPS, QK, V = 2, 7, 4, 2, 6, 5
+ROWS, LENGTH, HEADS, GROUPS, QK, V = 2, 7, 4, 2, 6, 5
 SCALE = 0.37
 SEGMENTS = {
     "one document": [[1] * 7, [1] * 7],
@@ -18,10 +21,27 @@ SEGMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(make_mesh()):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3: a row of 7 is two of them and a part."""
+    monkeypatch.setattr(attention_module, "BLOCK", 3)
+
+
+def _place(*arrays):
+    """Arrays on the current mesh, split as activations are."""
+    return jax.device_put(arrays, jax.NamedSharding(jax.sharding.get_mesh(), BATCH))
+
+
 def _inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     sizes = [(HEADS, QK), (GROUPS, QK), (GROUPS, V)]
-    return tuple(rng.normal(size=(BATCH, LENGTH, *size)).astype(np.float32) for size in sizes)
+    return tuple(rng.normal(size=(ROWS, LENGTH, *size)).astype(np.float32) for size in sizes)
 
 
 def _by_loops(q, k, v, segments, scale) -> np.ndarray:
@@ -46,28 +66,35 @@ def _naive(q, k, v, segments, scale) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.usefixtures("small_blocks")
 def test_forward_equals_loops(name: str) -> None:
     q, k, v = _inputs()
     segments = np.array(SEGMENTS[name], np.int32)
-    result = attention(q, k, v, jnp.asarray(segments), SCALE)
+    result = attention(*_place(q, k, v, segments), SCALE)
     chex.assert_trees_all_close(result, _by_loops(q, k, v, segments, SCALE), atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_gradients_equal_those_of_loops() -> None:
     q, k, v = _inputs(1)
     segments = np.array([SEGMENTS["packed"][0], SEGMENTS["padded"][0]], np.int32)
     direction = np.random.default_rng(2).normal(size=(*q.shape[:3], V)).astype(np.float32)
 
-    def gradients(function):
-        loss = lambda q, k, v: jnp.sum(function(q, k, v, segments, SCALE) * direction)  # noqa: E731
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    placed_segments, placed_direction = _place(segments, direction)
 
-    chex.assert_trees_all_close(gradients(attention), gradients(_naive), atol=1e-5)
+    def blocks(q, k, v):
+        return jnp.sum(attention(q, k, v, placed_segments, SCALE) * placed_direction)
+
+    def naive(q, k, v):
+        return jnp.sum(_naive(q, k, v, segments, SCALE) * direction)
+
+    result = jax.jit(jax.grad(blocks, argnums=(0, 1, 2)))(*_place(q, k, v))
+    expected = jax.jit(jax.grad(naive, argnums=(0, 1, 2)))(q, k, v)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
 
 
 def test_large_scores_stay_finite() -> None:
-    q, k, v = _inputs(3)
-    segments = jnp.ones((BATCH, LENGTH), jnp.int32)
+    q, k, v, segments = _place(*_inputs(3), np.ones((ROWS, LENGTH), np.int32))
     result, gradient = jax.value_and_grad(lambda q: jnp.sum(attention(q, k, v, segments, 1e4)))(q)
     chex.assert_tree_all_finite((result, gradient))
 
@@ -75,8 +102,72 @@ def test_large_scores_stay_finite() -> None:
 def test_bfloat16_is_close_and_keeps_its_dtype() -> None:
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in _inputs(4)]
     segments = np.array(SEGMENTS["packed"], np.int32)
-    result = attention(*narrow, jnp.asarray(segments), SCALE)
+    result = attention(*_place(*narrow, segments), SCALE)
     assert result.dtype == jnp.bfloat16
     expected = _by_loops(*(np.asarray(x, np.float64) for x in narrow), segments, SCALE)
     # 2^-8 is bfloat16's rounding; weights and result are rounded once each.
     chex.assert_trees_all_close(result.astype(jnp.float32), expected, atol=2e-2, rtol=2e-2)
+
+
+def _value_and_gradients(function, *inputs):
+    def loss(q, k, v, segments):
+        return jnp.sum(jnp.sin(function(q, k, v, segments, SCALE).astype(jnp.float32)))
+
+    return quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*_place(*inputs))
+
+
+def _random_rows(seed: int, rows: int, length: int) -> tuple[np.ndarray, ...]:
+    """Inputs and segment ids: documents of random lengths, some rows with padding at the end."""
+    rng = np.random.default_rng(seed)
+    sizes = [(HEADS, QK), (GROUPS, QK), (GROUPS, V)]
+    ids = np.cumsum(rng.random((rows, length)) < 0.1, axis=1) + 1
+    ids[::2, length - length // 3 :] = 0
+    inputs = (rng.normal(size=(rows, length, *size)).astype(np.float32) for size in sizes)
+    return *inputs, ids.astype(np.int32)
+
+
+@pytest.mark.parametrize("length", [1, 8, 37, 64])
+def test_blocks_equal_all_scores_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "BLOCK", 8)
+    inputs = _random_rows(length, 4, length)
+    result = _value_and_gradients(attention, *inputs)
+    expected = _value_and_gradients(attention_reference, *inputs)
+    chex.assert_trees_all_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_on_a_mesh_equal_rows_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "BLOCK", 8)
+    inputs = _random_rows(5, 8, 21)
+    expected = _value_and_gradients(attention_reference, *inputs)
+    with jax.set_mesh(make_mesh(data=2, expert=4)):
+        result = _value_and_gradients(attention, *inputs)
+    chex.assert_trees_all_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_pairs_of_blocks_that_share_a_document_are_computed() -> None:
+    # Blocks of 4: documents of 4, 4 and 8, then one of 16; causality leaves 5 and 10 of 16 pairs.
+    ids = np.array([[1] * 4 + [2] * 4 + [3] * 8, [1] * 16], np.int32)
+
+    def counts(ids):
+        return attention_module._pairs(ids, 4).count[None]
+
+    def count(row):
+        counted = jax.shard_map(counts, in_specs=BATCH, out_specs=BATCH)
+        return counted(*_place(row)).item()
+
+    assert [count(row[None]) for row in ids] == [5, 10]
+
+
+def test_no_array_grows_with_the_square_of_the_length() -> None:
+    rows, length = 1, 2048
+    split = jax.NamedSharding(jax.sharding.get_mesh(), BATCH)
+    shapes = [(rows, length, 2, dim) for dim in (QK, QK, V)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in shapes]
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, ids, SCALE))
+
+    compiled = quick_jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs, ids).compile()
+    assert f"{length},{length}]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length * 2
