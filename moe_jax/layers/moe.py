@@ -11,6 +11,7 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.linear import Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.ops import balance, dispatch, routing
+from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
@@ -27,7 +28,7 @@ class RoutingStats(NamedTuple):
     z: [] float32, sum over them of the squared log-partition of the router's logits.
     sequence_losses: sums over sequences, by the names of `balance.sequence_losses`.
     dropped: [] int32, choices that were not served.
-    rounds: [] int32, exchanges that the fullest buffer needed.
+    rounds: [] int32, passes over the experts that the fullest buffer needed.
     """
 
     load_E: jax.Array
@@ -87,7 +88,7 @@ class MoE(nnx.Module):
 
         Only in `training` are tokens dropped, if the config has it so.
         """
-        experts = dispatch.Experts(self.gate[...], self.up[...], self.down[...])
+        experts = self.gate[...], self.up[...], self.down[...]
         expert_specs = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, experts)
         router_weight = self.router.weight[...]
         bias = None if self.router.bias is None else self.router.bias[...]
@@ -96,9 +97,10 @@ class MoE(nnx.Module):
         def region(x_BLD, valid_BL, router_weight, bias_E, experts):
             with jax.named_scope("gather_experts"):
                 router_weight = sharding.gather_over(router_weight, router_spec)
-                experts = jax.tree.map(
+                gate, up, down = jax.tree.map(
                     lambda w, spec: _whole(w, spec, self.dtype), experts, expert_specs
                 )
+                experts = Experts(jnp.concatenate([gate, up], axis=2), down)
             return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts, training)
 
         routed, stats = jax.shard_map(
@@ -143,28 +145,26 @@ class MoE(nnx.Module):
             ids_TK = ids_BLK.reshape(-1, config.num_experts_per_tok)
         with jax.named_scope("dispatch"):
             x_TD = x_BLD.reshape(-1, dim)
-            capacity = dispatch.capacity(
-                x_TD.shape[0],
-                config.num_experts_per_tok,
-                config.num_experts,
-                config.buffer_factor,
-            )
-            plan = dispatch.make_plan(ids_TK, config.num_experts, capacity, BATCH_AXES)
-            y_TD = dispatch.apply_experts(
+            y_TD, rounds = dispatch.apply_experts(
                 x_TD,
                 chosen.weights_TK,
+                ids_TK,
                 experts,
-                plan,
+                dispatch.Balanced(
+                    len(x_TD),
+                    config.num_experts_per_tok,
+                    config.num_experts,
+                    config.buffer_factor,
+                ),
                 axes=EXPERT_AXES,
-                capacity=capacity,
+                all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
             )
-        served = jnp.sum((ids_TK < config.num_experts) & (plan.rank_TK < plan.rounds * capacity))
-        dropped = jnp.sum(load_E) - served.astype(jnp.int32)
+        dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
         load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(
             (load_E, share_E, z, sequence_losses, dropped), BATCH_AXES
         )
-        stats = RoutingStats(load_E, share_E, z, sequence_losses, dropped, plan.rounds)
+        stats = RoutingStats(load_E, share_E, z, sequence_losses, dropped, rounds)
         return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype), stats
 
 

@@ -1,222 +1,202 @@
 """Sends tokens to the devices of their experts, applies the experts, and brings results back.
 
-All of it runs inside a `shard_map` region, on one device's tokens and one device's experts. Each
-expert gets a buffer of `capacity` slots on each source device. What does not fit goes in further
-rounds inside the same compiled step, as many as the most loaded buffer of any device needs: skewed
-routing is slow, never wrong, and takes no more memory. Nothing is dropped.
+All of it runs inside a `shard_map` region, on one device's tokens and one device's experts. A token
+travels once to each device that holds one of its experts, with the ids and gate weights of its
+choices there. That device adds up what those experts give, and one row comes back. Over two mesh
+axes a token goes once to each group of devices along the first, and there once to each device along
+the second.
 
-Equal buffers make the experts' products one batched product over experts, which runs at the speed
-of a dense one on every platform.
+Buffers are bounded. What does not fit goes in further rounds inside the same compiled step, as many
+as the fullest buffer of any device needs: skewed routing is slow, never wrong, and takes no more
+memory. Nothing is dropped.
 
-Shapes: T tokens of this device, K experts per token, E experts, e experts of this device,
-C capacity, S = E * C slots, D model dim, F hidden dim of an expert.
+Shapes: T tokens of this device, K experts per token, n devices along an axis, C slots for each of
+them, R = n * C rows that come from them, S slots of the grouped products, D model dim.
 """
 
-import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-class Experts(NamedTuple):
-    """SwiGLU experts: gate, up [experts, model dim, hidden]; down [experts, hidden, model dim]."""
-
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+from moe_jax.ops import grouped_matmul, slots
+from moe_jax.ops.grouped_matmul import Experts
 
 
-class Plan(NamedTuple):
-    """Where each choice of each token goes.
+class Balanced(NamedTuple):
+    """What sizes the buffers: balanced routing over all experts, times a factor."""
 
-    expert_ids_TK: [tokens, top_k] int32; the number of experts stands for "nowhere".
-    rank_TK: [tokens, top_k] int32, how many earlier choices on this device took the same expert.
-    rounds: [] int32, the same on all devices.
-    """
+    tokens: int  # of the devices whose tokens have been brought together
+    top_k: int
+    num_experts: int
+    buffer_factor: float
 
-    expert_ids_TK: jax.Array
-    rank_TK: jax.Array
-    rounds: jax.Array
+    def rows(self, experts: int) -> int:
+        """Buffer for the tokens with a choice among so many of the experts."""
+        others = math.comb(self.num_experts - experts, self.top_k)
+        share = 1 - others / math.comb(self.num_experts, self.top_k)
+        return max(1, min(self.tokens, math.ceil(self.buffer_factor * self.tokens * share)))
 
-
-def capacity(tokens: int, top_k: int, num_experts: int, buffer_factor: float) -> int:
-    """Slots of one expert for one device's tokens: `buffer_factor` times a balanced load.
-
-    Never more than the tokens that could choose it, never less than one.
-    """
-    return max(1, min(tokens, math.ceil(buffer_factor * tokens * top_k / num_experts)))
-
-
-def make_plan(expert_ids_TK: jax.Array, num_experts: int, capacity: int, axes: tuple) -> Plan:
-    """Ranks the choices of each expert in token order, by counting (no sort).
-
-    Args:
-      expert_ids_TK: [tokens, top_k] int32; ids outside [0, num_experts) go nowhere.
-      num_experts: over all devices.
-      capacity: slots of one expert in one round.
-      axes: all mesh axes of the region; the number of rounds is the maximum over them.
-    """
-    ids = expert_ids_TK.reshape(-1, 1)
-    one_hot = (ids == jnp.arange(num_experts)).astype(jnp.int32)
-    counted = jnp.cumsum(one_hot, axis=0)
-    rank = jnp.sum((counted - 1) * one_hot, axis=1)
-    rounds = jax.lax.pmax((jnp.max(counted[-1]) + capacity - 1) // capacity, axes)
-    nowhere = (expert_ids_TK < 0) | (expert_ids_TK >= num_experts)
-    return Plan(
-        jnp.where(nowhere, num_experts, expert_ids_TK), rank.reshape(expert_ids_TK.shape), rounds
-    )
-
-
-@jax.custom_vjp
-def _to_slots(x_TD: jax.Array, token_of_slot_S: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
-    """[S, D]: the token of each slot; zero where the slot is empty (token T)."""
-    del slot_of_TK
-    return x_TD.at[token_of_slot_S].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _from_slots(y_SD: jax.Array, token_of_slot_S: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
-    """[T, D]: the sum of each token's slots, in float32 (slot S: not in this round)."""
-    del token_of_slot_S
-    slots_TKD = y_SD.at[slot_of_TK].get(mode="fill", fill_value=0)
-    return jnp.sum(slots_TKD.astype(jnp.float32), axis=1).astype(y_SD.dtype)
-
-
-# The two are each other's transpose, so that neither gradient is a scatter.
-def _to_slots_forward(x, token_of_slot, slot_of):
-    return _to_slots(x, token_of_slot, slot_of), (token_of_slot, slot_of)
-
-
-def _to_slots_backward(indices, dy):
-    return _from_slots(dy, *indices), None, None
-
-
-def _from_slots_forward(y, token_of_slot, slot_of):
-    return _from_slots(y, token_of_slot, slot_of), (token_of_slot, slot_of)
-
-
-def _from_slots_backward(indices, dx):
-    return _to_slots(dx, *indices), None, None
-
-
-_to_slots.defvjp(_to_slots_forward, _to_slots_backward)
-_from_slots.defvjp(_from_slots_forward, _from_slots_backward)
-
-
-def swiglu_experts(x_enD: jax.Array, experts: Experts) -> jax.Array:
-    """down(silu(gate(x)) * up(x)) of each expert on its own rows: [experts, rows, model dim]."""
-    gate = jnp.einsum("end,edf->enf", x_enD, experts.gate_EDF)
-    up = jnp.einsum("end,edf->enf", x_enD, experts.up_EDF)
-    return jnp.einsum("enf,efd->end", jax.nn.silu(gate) * up, experts.down_EFD)
-
-
-def _round(number, x_TD, weights_TK, experts, plan, *, axes, capacity, combine_dtype):
-    """The part of the result that round `number` brings: [T, D] `combine_dtype`."""
-    tokens, top_k = plan.expert_ids_TK.shape
-    devices = jax.lax.axis_size(axes)
-    num_experts = devices * experts.gate_EDF.shape[0]
-    num_slots = num_experts * capacity
-
-    place_TK = plan.rank_TK - number * capacity
-    here = (place_TK >= 0) & (place_TK < capacity) & (plan.expert_ids_TK < num_experts)
-    slot_of_TK = jnp.where(here, plan.expert_ids_TK * capacity + place_TK, num_slots)
-    choices = tokens * top_k
-    choice_of_slot_S = jnp.full((num_slots,), choices, jnp.int32)
-    choice_of_slot_S = choice_of_slot_S.at[slot_of_TK.reshape(-1)].set(
-        jnp.arange(choices, dtype=jnp.int32), mode="drop"
-    )
-    token_of_slot_S = choice_of_slot_S // top_k
-
-    def exchange(rows, inverse=False):
-        """[E, C, ...] by destination <-> [e, devices, C, ...] by source."""
-        local = experts.gate_EDF.shape[0]
-        rest = rows.shape[-1]
-        if inverse:
-            rows = jnp.moveaxis(rows.reshape(local, devices, capacity, rest), 1, 0)
-        else:
-            rows = rows.reshape(devices, local, capacity, rest)
-        rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0)
-        if inverse:
-            return rows.reshape(num_slots, rest)
-        return jnp.moveaxis(rows, 0, 1).reshape(local, devices * capacity, rest)
-
-    # Gate weights travel with their tokens and are applied there: the way back carries no weights,
-    # and the backward pass sends each gradient once.
-    sent_enD = exchange(_to_slots(x_TD, token_of_slot_S, slot_of_TK))
-    gates_en1 = exchange(
-        _to_slots(weights_TK.reshape(-1, 1), choice_of_slot_S, slot_of_TK.reshape(-1, 1))
-    )
-    out_enD = swiglu_experts(sent_enD, experts).astype(jnp.float32) * gates_en1
-    back_SD = exchange(out_enD.astype(combine_dtype), inverse=True)
-    return _from_slots(back_SD, token_of_slot_S, slot_of_TK)
+    def choices(self, experts: int) -> float:
+        """Choices of so many of the experts, on average."""
+        return self.tokens * self.top_k * experts / self.num_experts
 
 
 def apply_experts(
     x_TD: jax.Array,
     weights_TK: jax.Array,
+    expert_ids_TK: jax.Array,
     experts: Experts,
-    plan: Plan,
+    balanced: Balanced,
     *,
     axes: tuple[str, ...],
-    capacity: int,
+    all_axes: tuple[str, ...],
     combine_dtype: jnp.dtype,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """sum_k weights[t, k] * expert[expert_ids[t, k]](x[t]) for the tokens of this device.
-
-    The gradient keeps the inputs and the plan only, and sends tokens again.
 
     Args:
       x_TD: [tokens, model dim].
       weights_TK: [tokens, top_k] float32.
+      expert_ids_TK: [tokens, top_k] int32, among the experts along `axes`; others go nowhere.
       experts: this device's experts, in x's dtype. They must vary over all axes of the region
         (`jax.lax.pcast`), or each round would reduce their gradients over the mesh.
-      plan: from `make_plan` with the same capacity.
-      axes: the mesh axes that experts are split over.
-      capacity: slots of one expert for one device's tokens.
-      combine_dtype: of results on their way back; the sum over k is float32.
+      balanced: of the tokens.
+      axes: the mesh axes that experts are split over, the slowest first.
+      all_axes: all mesh axes of the region, which agree on the number of rounds.
+      combine_dtype: of results on their way back; sums are float32.
     Returns:
-      [tokens, model dim] `combine_dtype`.
+      [tokens, model dim] `combine_dtype`; [] int32, how often the products ran.
     """
-    one_round = functools.partial(_round, axes=axes, capacity=capacity, combine_dtype=combine_dtype)
+    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    if not axes:
+        return _apply_here(
+            x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype
+        )
+    axis, *inner_axes = axes
+    devices = jax.lax.axis_size(axis)
+    num_experts = len(experts.down_EFD) * jax.lax.axis_size(tuple(inner_axes))
+    capacity = balanced.rows(num_experts)
+    num_slots = devices * capacity
+    destination_TK = _destinations(expert_ids_TK, num_experts, devices)
+    rank_T, load_n = slots.ranks(destination_TK.reshape(-1), devices)
+    rounds = jax.lax.pmax((jnp.max(load_n) + capacity - 1) // capacity, all_axes)
 
-    def sum_rounds(function, plan):
-        # The first round stands outside the loop, so that it can overlap with other work.
+    def one_round(number, inputs, routing):
+        x_TD, weights_TK, experts = inputs
+        expert_ids_TK, destination_TK, rank_TK = routing
+        place_TK = rank_TK - number * capacity
+        here_TK = (destination_TK >= 0) & (place_TK >= 0) & (place_TK < capacity)
+        slot_of_TK = jnp.where(here_TK, destination_TK * capacity + place_TK, num_slots)
+        token_of_slot_S = slots.choice_of_slot(slot_of_TK, num_slots) // expert_ids_TK.shape[1]
+        ids_SK = expert_ids_TK.at[token_of_slot_S].get(mode="fill", fill_value=-1)
+        ids_SK -= jnp.arange(num_slots)[:, None] // capacity * num_experts
+        gates_SK = slots.to_slots(weights_TK, token_of_slot_S, slot_of_TK)
+        # One message, of float32, which is exact for ids.
+        choices = _exchange(jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1), axis)
+        ids_RK, gates_RK = jnp.split(choices, 2, axis=1)
+        y_RD, passes = apply_experts(
+            _exchange(slots.to_slots(x_TD, token_of_slot_S, slot_of_TK), axis),
+            gates_RK,
+            ids_RK.astype(jnp.int32),
+            experts,
+            balanced._replace(tokens=balanced.tokens * devices),
+            axes=tuple(inner_axes),
+            all_axes=all_axes,
+            combine_dtype=combine_dtype,
+        )
+        return slots.from_slots(_exchange(y_RD, axis), token_of_slot_S, slot_of_TK), passes
+
+    routing = expert_ids_TK, destination_TK, rank_T.reshape(expert_ids_TK.shape)
+    return _sum_rounds(one_round, rounds, (x_TD, weights_TK, experts), routing, all_axes)
+
+
+def _apply_here(x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype):
+    """The same on one device that has all the experts in question."""
+    num_experts, choices = len(experts.down_EFD), expert_ids_TK.size
+    load = balanced.choices(1)
+    size = grouped_matmul.tile_size(load)
+    most = choices // size + min(choices, num_experts)
+    wanted = math.ceil(balanced.buffer_factor * num_experts * load / size) + num_experts
+    num_tiles = min(most, wanted)
+    tiles = grouped_matmul.make_tiles(expert_ids_TK, num_experts, size)
+
+    def one_round(number, inputs, tiles):
+        x_TD, weights_TK, experts = inputs
+        here = tiles.window(number * num_tiles, num_tiles, size)
+        y_TD = grouped_matmul.swiglu_experts(x_TD, weights_TK, experts, here, num_tiles, size)
+        return y_TD.astype(combine_dtype), jnp.ones((), jnp.int32)
+
+    inputs = x_TD, weights_TK, experts
+    if num_tiles == most:
+        return one_round(0, inputs, tiles)
+    rounds = (tiles.used + num_tiles - 1) // num_tiles
+    return _sum_rounds(one_round, rounds, inputs, tiles, all_axes)
+
+
+def _destinations(expert_ids_TK: jax.Array, num_experts: int, devices: int) -> jax.Array:
+    """The device of each choice; -1 where an earlier choice of the token goes there, or nowhere."""
+    device_TK = jnp.where(expert_ids_TK < 0, devices, expert_ids_TK // num_experts)
+    top_k = expert_ids_TK.shape[1]
+    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
+    again_TK = jnp.any((device_TK[:, :, None] == device_TK[:, None, :]) & earlier, axis=2)
+    return jnp.where(again_TK | (device_TK >= devices), -1, device_TK)
+
+
+def _exchange(rows: jax.Array, axis: str) -> jax.Array:
+    """[n * C, ...] by destination to [n * C, ...] by source, and back."""
+    return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _sum_rounds(
+    one_round: Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]],
+    rounds: jax.Array,
+    inputs: Any,
+    routing: Any,
+    all_axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of one_round(number, inputs, routing) over the numbers of rounds, at least one.
+
+    The second of the two is the largest of all devices.
+
+    The first round stands outside the loop, so that it can overlap with other work, and what its
+    gradient needs is kept as rematerialization has it. Others are computed again.
+    """
+
+    @jax.custom_vjp
+    def total(rounds, inputs, routing):
+        return forward(rounds, inputs, routing)[0]
+
+    def loop(function, first, rounds):
         def body(carry):
             number, total = carry
             return number + 1, jax.tree.map(jnp.add, total, function(number))
 
-        first = function(jnp.zeros_like(plan.rounds))
-        start = (jnp.ones_like(plan.rounds), first)
-        return jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, body, start)[1]
+        start = jnp.ones_like(rounds), first
+        return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
-    @jax.custom_vjp
-    def apply(x, weights, experts, plan):
-        return sum_rounds(lambda number: one_round(number, x, weights, experts, plan), plan)
-
-    def forward(x, weights, experts, plan):
-        return apply(x, weights, experts, plan), (x, weights, experts, plan)
+    def forward(rounds, inputs, routing):
+        zero = jnp.zeros_like(rounds)
+        first, pull_back = jax.vjp(lambda inputs: one_round(zero, inputs, routing), inputs)
+        y, passes = loop(lambda number: one_round(number, inputs, routing), first, rounds)
+        return (y, jax.lax.pmax(passes, all_axes)), (pull_back, rounds, inputs, routing)
 
     def backward(kept, dy):
-        x, weights, experts, plan = kept
+        pull_back, rounds, inputs, routing = kept
 
         def gradients(number):
-            _, pull_back = jax.vjp(
-                lambda x, weights, experts: one_round(number, x, weights, experts, plan),
-                x,
-                weights,
-                experts,
-            )
-            # Rounds add up in float32.
-            return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), pull_back(dy))
+            return widen(jax.vjp(lambda i: one_round(number, i, routing), inputs)[1](dy)[0])
 
-        total = sum_rounds(gradients, plan)
-        inputs = (x, weights, experts)
-        return *jax.tree.map(lambda g, like: g.astype(like.dtype), total, inputs), None
+        def widen(tree):  # rounds add up in float32
+            return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), tree)
 
-    apply.defvjp(forward, backward)
-    return apply(x_TD, weights_TK, experts, plan)
+        d_inputs = loop(gradients, widen(pull_back(dy)[0]), rounds)
+        return None, jax.tree.map(lambda d, like: d.astype(like.dtype), d_inputs, inputs), None
+
+    total.defvjp(forward, backward)
+    return total(rounds, inputs, routing)
 
 
 def experts_reference(
@@ -224,8 +204,9 @@ def experts_reference(
 ) -> jax.Array:
     """The same by a dense loop: every expert on every token, unchosen ones weighted 0."""
     total = jnp.zeros(x_TD.shape, jnp.float32)
-    for i in range(experts.gate_EDF.shape[0]):
-        one = Experts(*(w[i : i + 1] for w in experts))
-        gate_T1 = jnp.sum(jnp.where(expert_ids_TK == i, weights_TK, 0.0), axis=1, keepdims=True)
-        total += gate_T1 * swiglu_experts(x_TD[None], one)[0].astype(jnp.float32)
+    for i, (gate_up, down) in enumerate(zip(*experts, strict=True)):
+        gate, up = jnp.split(x_TD @ gate_up, 2, axis=-1)
+        weight_T = jnp.sum(jnp.where(expert_ids_TK == i, weights_TK, 0.0), axis=1)
+        y_TD = (jax.nn.silu(gate) * up) @ down
+        total += weight_T[:, None] * y_TD.astype(jnp.float32)
     return total

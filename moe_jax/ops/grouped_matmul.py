@@ -1,0 +1,248 @@
+"""SwiGLU experts, each on the rows that chose it.
+
+Choices lie sorted by expert in slots, and each expert's part is filled up to whole tiles of a few
+slots, so that a tile is the work of one expert alone. An expert that nobody chose has no tile and
+costs nothing, and the padding is less than a tile per expert whatever the routing.
+
+This portable form loops over an expert's tiles, in pieces of 512 slots and then of half as many and
+half again down to one tile. A piece's products run at the speed of dense ones. It gathers its own
+rows, and weight gradients add up in place, so that of all that lies in slots only the first
+product's result is kept for the backward pass.
+
+Shapes: T rows, K choices per row, E experts, S slots (whole tiles), D model dim, F hidden dim of an
+expert, H = 2 F (gate and up side by side).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.ops import slots
+
+LARGEST_PIECE = 512
+
+
+class Experts(NamedTuple):
+    """SwiGLU experts: first products side by side, and last ones.
+
+    gate_up_EDH: [experts, model dim, 2 * hidden], gate first.
+    down_EFD: [experts, hidden, model dim].
+    """
+
+    gate_up_EDH: jax.Array
+    down_EFD: jax.Array
+
+
+class Tiles(NamedTuple):
+    """Where choices lie.
+
+    slot_of_TK: [rows, top_k] int32, the slot of each choice; -1 for one that goes nowhere.
+    first_E, count_E: [experts] int32, first tile and number of tiles of each expert.
+    """
+
+    slot_of_TK: jax.Array
+    first_E: jax.Array
+    count_E: jax.Array
+
+    @property
+    def used(self) -> jax.Array:
+        """[] int32, the tiles of all experts."""
+        return self.first_E[-1] + self.count_E[-1]
+
+    def window(self, first_tile: jax.Array | int, num_tiles: int, size: int) -> "Tiles":
+        """What lies in `num_tiles` tiles of `size` slots from `first_tile` on."""
+        slot_of_TK = self.slot_of_TK - first_tile * size
+        inside = (self.slot_of_TK >= 0) & (slot_of_TK >= 0) & (slot_of_TK < num_tiles * size)
+        first_E = jnp.clip(self.first_E - first_tile, 0, num_tiles)
+        end_E = jnp.clip(self.first_E + self.count_E - first_tile, 0, num_tiles)
+        return Tiles(jnp.where(inside, slot_of_TK, -1), first_E, end_E - first_E)
+
+
+def tile_size(balanced_load: float) -> int:
+    """Slots of a tile for experts of so many rows each: small beside it, and a power of two."""
+    size = 8
+    while size < 64 and size * 16 < balanced_load:
+        size *= 2
+    return size
+
+
+def make_tiles(expert_ids_TK: jax.Array, num_experts: int, size: int) -> Tiles:
+    """Sorts choices by expert and, in an expert, by row; by counting, in linear time.
+
+    Args:
+      expert_ids_TK: [rows, top_k] int32; ids outside [0, num_experts) go nowhere.
+      size: slots of a tile.
+    """
+    ids = expert_ids_TK.reshape(-1)
+    rank, load_E = slots.ranks(ids, num_experts)
+    count_E = (load_E + size - 1) // size
+    first_E = jnp.cumsum(count_E) - count_E
+    here = (ids >= 0) & (ids < num_experts)
+    slot = first_E[jnp.where(here, ids, 0)] * size + rank
+    return Tiles(jnp.where(here, slot, -1).reshape(expert_ids_TK.shape), first_E, count_E)
+
+
+def swiglu_experts(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts: Experts,
+    tiles: Tiles,
+    num_tiles: int,
+    size: int,
+) -> jax.Array:
+    """The sum over a row's choices of down(weight * silu(gate(x)) * up(x)): [T, D] float32.
+
+    Weights come in before the last product, so that their gradient needs no result.
+
+    Args:
+      x_TD: [rows, model dim].
+      weights_TK: [rows, top_k] float32, the gate weights.
+      experts: in x's dtype.
+      tiles: all within `num_tiles` tiles of `size` slots.
+    """
+    num_slots = num_tiles * size
+    slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
+    choice_S = slots.choice_of_slot(slot_of_TK, num_slots)
+    layout = _Layout(slot_of_TK, choice_S, tiles.first_E, tiles.count_E)
+    return _swiglu_experts(x_TD, weights_TK, experts, layout, size)
+
+
+class _Layout(NamedTuple):
+    slot_of_TK: jax.Array  # the number of slots: nowhere
+    choice_S: jax.Array  # the number of choices: empty
+    first_E: jax.Array
+    count_E: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _swiglu_experts(x_TD, weights_TK, experts, layout, size):
+    return _forward(x_TD, weights_TK, experts, layout, size)[0]
+
+
+def _forward(x_TD, weights_TK, experts, layout, size):
+    top_k, num_slots = weights_TK.shape[1], len(layout.choice_S)
+
+    def piece(weights, start, rows, filled):
+        y_SD, opened_SH = filled
+        choice = _read(layout.choice_S, start, rows)
+        opened = _take(x_TD, choice // top_k) @ weights.gate_up_EDH
+        gate, up = jnp.split(opened.astype(jnp.float32), 2, axis=-1)
+        hidden = _take(weights_TK.reshape(-1, 1), choice) * jax.nn.silu(gate) * up
+        y = hidden.astype(x_TD.dtype) @ weights.down_EFD
+        return _write(y_SD, y, start), _write(opened_SH, opened, start)
+
+    def expert(filled, inputs):
+        weights, first, count = inputs
+        step = functools.partial(piece, weights)
+        return _pieces(step, filled, first, count, size, num_slots), None
+
+    widths = x_TD.shape[1], experts.gate_up_EDH.shape[2]
+    filled = tuple(_zeros((num_slots, width), x_TD.dtype, x_TD) for width in widths)
+    per_expert = experts, layout.first_E, layout.count_E
+    (y_SD, opened_SH), _ = jax.lax.scan(expert, filled, per_expert)
+    # The name lets a rematerialization policy keep it; a loop's results have none of their own.
+    opened_SH = checkpoint_name(opened_SH, "expert_gate_up")
+    return _sum(y_SD, layout.slot_of_TK), (x_TD, weights_TK, experts, layout, opened_SH)
+
+
+def _backward(size, kept, dy_TD):
+    x_TD, weights_TK, experts, layout, opened_SH = kept
+    top_k, num_slots = weights_TK.shape[1], len(layout.choice_S)
+    dtype = x_TD.dtype
+    dy_TD = dy_TD.astype(dtype)
+
+    def piece(weights, start, rows, filled):
+        dx_SD, dweight_S1, d_experts = filled
+        choice = _read(layout.choice_S, start, rows)
+        x, dy = _take(x_TD, choice // top_k), _take(dy_TD, choice // top_k)
+        weight = _take(weights_TK.reshape(-1, 1), choice)
+        gate, up = jnp.split(_read(opened_SH, start, rows).astype(jnp.float32), 2, axis=-1)
+        sigmoid = jax.nn.sigmoid(gate)
+        hidden = gate * sigmoid * up
+        dweighted = _dot(dy, weights.down_EFD, 1, 1)
+        dhidden = weight * dweighted
+        dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        dopened = jnp.concatenate([dgate, dhidden * gate * sigmoid], axis=1).astype(dtype)
+        return (
+            _write(dx_SD, _dot(dopened, weights.gate_up_EDH, 1, 1), start),
+            _write(dweight_S1, jnp.sum(dweighted * hidden, axis=1, keepdims=True), start),
+            Experts(
+                d_experts.gate_up_EDH + _dot(x, dopened, 0, 0),
+                d_experts.down_EFD + _dot((weight * hidden).astype(dtype), dy, 0, 0),
+            ),
+        )
+
+    def expert(filled, inputs):
+        weights, first, count = inputs
+        none = jax.tree.map(lambda w: _zeros(w.shape, jnp.float32, x_TD), weights)
+        step = functools.partial(piece, weights)
+        *filled, d_experts = _pieces(step, (*filled, none), first, count, size, num_slots)
+        return tuple(filled), jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, weights)
+
+    filled = (
+        _zeros((num_slots, x_TD.shape[1]), dtype, x_TD),
+        _zeros((num_slots, 1), jnp.float32, x_TD),
+    )
+    per_expert = experts, layout.first_E, layout.count_E
+    (dx_SD, dweight_S1), d_experts = jax.lax.scan(expert, filled, per_expert)
+    dx_TD = _sum(dx_SD, layout.slot_of_TK).astype(dtype)
+    dweights_TK = _take(dweight_S1[:, 0], layout.slot_of_TK)
+    return dx_TD, dweights_TK, d_experts, None
+
+
+_swiglu_experts.defvjp(_forward, _backward)
+
+
+def _pieces(
+    function: Callable[[jax.Array, int, Any], Any],
+    carry: Any,
+    first: jax.Array,
+    count: jax.Array,
+    size: int,
+    num_slots: int,
+) -> Any:
+    """carry = function(start, slots, carry) over pieces of `count` tiles from tile `first` on."""
+    tiles = 1 << (min(LARGEST_PIECE, num_slots) // size).bit_length() - 1
+    number = count // tiles
+    while tiles:
+
+        def body(i, carry, tiles=tiles, first=first):
+            return function((first + i * tiles) * size, tiles * size, carry)
+
+        carry = jax.lax.fori_loop(0, number, body, carry)
+        first, tiles = first + number * tiles, tiles // 2
+        number = count // max(tiles, 1) % 2
+    return carry
+
+
+def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
+    """Summed over these dims, in float32."""
+    dims = (((dim_a,), (dim_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _sum(y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
+    return jnp.sum(_take(y_SD, slot_of_TK).astype(jnp.float32), axis=1)
+
+
+def _read(x: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, rows)
+
+
+def _write(x: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, piece.astype(x.dtype), start, axis=0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
+    """Varies over the mesh as `like` does."""
+    varying = tuple(jax.typeof(like).manual_axis_type.varying)
+    zeros = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
