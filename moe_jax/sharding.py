@@ -98,6 +98,17 @@ def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     return shard
 
 
+def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
+    """`gather_over`, of a type that varies over the batch's axes.
+
+    Its transpose reduces a gradient over all of them, once and wherever the parts are used.
+    """
+    shard = gather_over(shard, spec, keep=keep)
+    varying = jax.typeof(shard).manual_axis_type.varying
+    missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
+    return jax.lax.pcast(shard, missing, to="varying") if missing else shard
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch [micro_batches, rows, length]: rows are split."""
     return NamedSharding(mesh, P(None, BATCH_AXES, None))

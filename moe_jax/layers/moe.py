@@ -1,5 +1,6 @@
 """Routed and shared experts (DeepSeek-V3, section 2.1.2; DeepSeek-V2, section 2.2)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -175,11 +176,7 @@ def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     narrow form travels; the gradient is reduced in float32.
     """
 
-    def gather(shard):
-        shard = sharding.gather_over(shard, spec, keep=1)
-        varying = jax.typeof(shard).manual_axis_type.varying
-        missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
-        return jax.lax.pcast(shard, missing, to="varying") if missing else shard
+    gather = functools.partial(sharding.gather_varying, spec=spec, keep=1)
 
     @jax.custom_vjp
     def gather_narrow(shard):

@@ -12,6 +12,7 @@ from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.moe import RouterBias, RoutingStats
 from moe_jax.models.block import Block, Context, make_context, scan, stack
 from moe_jax.models.multi_token_prediction import Ahead, PredictionModule, reaches, shifted
+from moe_jax.ops.cross_entropy import projected_cross_entropy
 
 Cache = dict[str, Entries]  # by stack of layers
 
@@ -220,6 +221,18 @@ class Decoder(nnx.Module):
         """[..., dim] to [..., vocab] float32."""
         with jax.named_scope("head"):
             return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+
+    def loss(self, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """`cross_entropy` of the logits of hidden states, which are never whole in memory.
+
+        Args:
+          hidden: [batch, length, dim].
+          targets: [batch, length] int32.
+          weights: [batch, length] float32.
+        """
+        weight = self.embedding.weight[...].T if self.head is None else self.head.weight[...]
+        with jax.named_scope("loss"):
+            return projected_cross_entropy(hidden, weight, targets, weights, self.embedding.dtype)
 
     def __call__(
         self,

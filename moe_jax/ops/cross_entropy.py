@@ -1,7 +1,17 @@
-"""The loss of next-token prediction."""
+"""The loss of next-token prediction.
+
+Shapes: B rows, L length, D model dim, V vocabulary, T tokens of this device, C tokens of a chunk.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax import sharding
+from moe_jax.sharding import BATCH, BATCH_AXES, P
+
+CHUNK_LOGITS = 2**26  # logits that stand in memory at once; 256 MiB
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -22,3 +32,88 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     return jnp.sum(weights * (log_normalizer - target_logits))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def projected_cross_entropy(
+    x_BLD: jax.Array,
+    weight_DV: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """`cross_entropy` of the logits x @ weight, of which only a chunk is in memory at once.
+
+    A chunk's gradients are computed beside its loss, from the same logits, so these are computed
+    once. Products take `dtype` and sum in float32, as the weight's gradient does over chunks and
+    devices.
+
+    Args:
+      x_BLD: [batch, length, model dim], rows split over the batch's mesh axes.
+      weight_DV: [model dim, vocab] float32, split in any way.
+      targets_BL: [batch, length] int32.
+      weights_BL: [batch, length] float32; no gradient goes there.
+    Returns:
+      [] float32.
+    """
+    return _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=False)[0]
+
+
+def _forward(x_BLD, weight_DV, targets_BL, weights_BL, dtype):
+    loss, kept = _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=True)
+    return loss, kept
+
+
+def _backward(dtype, kept, dloss):
+    del dtype
+    return *jax.tree.map(lambda d: (d * dloss).astype(d.dtype), kept), None, None
+
+
+projected_cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, *, gradients):
+    """The loss; the gradients of x and weight, if wanted."""
+    spec = jax.typeof(weight_DV).sharding.spec
+
+    def region(x_BLD, shard, targets_BL, weights_BL):
+        whole_DV = sharding.gather_varying(shard.astype(dtype), spec)
+        tokens, dim = targets_BL.size, x_BLD.shape[-1]
+        size = max(1, min(tokens, CHUNK_LOGITS // whole_DV.shape[1]))
+        chunks = -(-tokens // size)
+
+        def chunked(x, *rest):
+            x = jnp.pad(
+                x.reshape(tokens, *rest), ((0, chunks * size - tokens), *[(0, 0)] * len(rest))
+            )
+            return x.reshape(chunks, size, *rest)
+
+        def chunk(total, inputs):
+            loss, dweight_DV = total
+            x_CD, targets_C, weights_C = inputs
+            logits_CV = jnp.dot(x_CD, whole_DV, preferred_element_type=jnp.float32)
+            if not gradients:
+                loss += cross_entropy(logits_CV, targets_C, weights_C)
+                return (loss, dweight_DV), x_CD
+            here, dlogits_CV = jax.value_and_grad(cross_entropy)(logits_CV, targets_C, weights_C)
+            dlogits_CV = dlogits_CV.astype(dtype)
+            dx_CD = jnp.dot(dlogits_CV, whole_DV.T, preferred_element_type=jnp.float32)
+            dweight_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
+            return (loss + here, dweight_DV), dx_CD.astype(x_BLD.dtype)
+
+        zeros = jnp.zeros(whole_DV.shape if gradients else (), jnp.float32)
+        start = jax.lax.pcast((jnp.zeros((), jnp.float32), zeros), BATCH_AXES, to="varying")
+        inputs = chunked(x_BLD.astype(dtype), dim), chunked(targets_BL), chunked(weights_BL)
+        (loss, dweight_DV), dx = jax.lax.scan(chunk, start, inputs)
+        loss = jax.lax.psum(loss, BATCH_AXES)
+        if not gradients:
+            return loss, ()
+        dx_BLD = dx.reshape(-1, dim)[:tokens].reshape(x_BLD.shape)
+        gather = functools.partial(sharding.gather_varying, spec=spec)
+        return loss, (dx_BLD, *jax.vjp(gather, shard)[1](dweight_DV))
+
+    return jax.shard_map(
+        region,
+        in_specs=(BATCH, spec, BATCH, BATCH),
+        out_specs=(P(), (BATCH, spec) if gradients else ()),
+    )(x_BLD, weight_DV, targets_BL, weights_BL)

@@ -4,8 +4,8 @@ Choices lie sorted by expert in slots, and each expert's part is filled up to wh
 slots, so that a tile is the work of one expert alone. An expert that nobody chose has no tile and
 costs nothing, and the padding is less than a tile per expert whatever the routing.
 
-This portable form loops over an expert's tiles, in pieces of 512 slots and then of half as many and
-half again down to one tile. A piece's products run at the speed of dense ones. It gathers its own
+This portable form loops over an expert's tiles, in pieces of 512 slots, then of a quarter as many
+and so on down to one tile. A piece's products run at the speed of dense ones. It gathers its own
 rows, and weight gradients add up in place, so that of all that lies in slots only the first
 product's result is kept for the backward pass.
 
@@ -207,15 +207,15 @@ def _pieces(
 ) -> Any:
     """carry = function(start, slots, carry) over pieces of `count` tiles from tile `first` on."""
     tiles = 1 << (min(LARGEST_PIECE, num_slots) // size).bit_length() - 1
-    number = count // tiles
     while tiles:
+        number = count // tiles
 
         def body(i, carry, tiles=tiles, first=first):
             return function((first + i * tiles) * size, tiles * size, carry)
 
         carry = jax.lax.fori_loop(0, number, body, carry)
-        first, tiles = first + number * tiles, tiles // 2
-        number = count // max(tiles, 1) % 2
+        first, count = first + number * tiles, count % tiles
+        tiles = 0 if tiles == 1 else max(1, tiles // 4)
     return carry
 
 

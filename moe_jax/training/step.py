@@ -22,7 +22,6 @@ from moe_jax.config import Config
 from moe_jax.models.decoder import Decoder, RouterBias, RoutingStats
 from moe_jax.models.multi_token_prediction import reaches, shifted
 from moe_jax.ops import balance
-from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.training.optimizer import AdamW, learning_rate
 
 Tree = Any
@@ -86,8 +85,7 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         model = nnx.merge(graphdef, parameters, router_bias)
         inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
         hidden, stats = model.hidden_states(*inputs, training=True)
-        with jax.named_scope("loss"):
-            loss = cross_entropy(model.logits(hidden), batch["targets"], batch["loss_weights"])
+        loss = model.loss(hidden, batch["targets"], batch["loss_weights"])
         losses = {"loss": loss * scale.token}
         objective, routed = losses["loss"], {}
         if stats is not None:
@@ -222,7 +220,7 @@ def _ahead_loss(model: Decoder, hidden_KBLD: jax.Array, batch: Batch) -> jax.Arr
     total = jnp.zeros((), jnp.float32)
     for k, hidden in enumerate(hidden_KBLD, start=1):
         weights = shifted(batch["loss_weights"], k) * reaches(batch["segment_ids"], k)
-        total += cross_entropy(model.logits(hidden), shifted(batch["targets"], k), weights)
+        total += model.loss(hidden, shifted(batch["targets"], k), weights)
     return total / len(hidden_KBLD)
 
 
@@ -233,10 +231,8 @@ def make_eval_step(config: Config) -> Callable[[Tree, Batch], tuple[jax.Array, j
     def eval_step(state, batch):
         batch = jax.tree.map(lambda x: x[0], batch)
         model = nnx.merge(graphdef, state["parameters"], state["router_bias"])
-        logits = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return (
-            cross_entropy(logits, batch["targets"], batch["loss_weights"]),
-            jnp.sum(batch["loss_weights"]),
-        )
+        hidden, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
+        loss = model.loss(hidden, batch["targets"], batch["loss_weights"])
+        return loss, jnp.sum(batch["loss_weights"])
 
     return eval_step
