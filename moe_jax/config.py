@@ -190,7 +190,9 @@ class TrainingConfig:
     stop_after_step: int | None = None  # end cleanly there, saved; schedules follow num_steps
     tokens_per_step: int = 8192  # rows times length, padding counted
     micro_batches: int = 1  # gradient accumulation
-    # "full": a layer keeps its input alone. "none": all but gathered dense weights.
+    # What a layer keeps for its backward pass besides its input. "full": nothing. "latent": MLA's
+    # latents and the result of attention. "minimal": routing and received tokens as well. "none":
+    # the result of every product.
     rematerialization: str = "full"
     mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
     mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen

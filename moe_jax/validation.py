@@ -255,7 +255,7 @@ def _check_run(config: Config) -> None:
     _require(config.seed < 2**63, f"config.seed={config.seed} must be below 2**63")
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
-    _one_of(config, "training.rematerialization", "none", "full")
+    _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
     _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
     _at_least(config, 0, "training.mtp_late_from_tokens")
     _at_least(

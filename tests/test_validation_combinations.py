@@ -177,7 +177,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"training.rematerialization": "some"},
-        "config.training.rematerialization='some' must be one of none, full",
+        "config.training.rematerialization='some' must be one of none, minimal, latent, full",
     ),
     (
         {"optimizer.final_lr": 0.1},

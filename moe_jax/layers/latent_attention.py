@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
@@ -109,7 +110,8 @@ class LatentAttention(nnx.Module):
 
         {"latent": [batch, length, kv_lora_rank], "key_rope": [batch, length, qk_rope_head_dim]}.
         """
-        latent, key_rope = jnp.split(self.kv_down(x_BLD), [self.sizes.kv_lora_rank], axis=-1)
+        latent = checkpoint_name(self.kv_down(x_BLD), "latent")
+        latent, key_rope = jnp.split(latent, [self.sizes.kv_lora_rank], axis=-1)
         key_rope = apply_rotary(key_rope[:, :, None], rotary, self.rope.interleaved)
         return {"latent": self.kv_norm(latent), "key_rope": key_rope[:, :, 0]}
 
@@ -118,6 +120,7 @@ class LatentAttention(nnx.Module):
         if self.sizes.q_lora_rank is None:
             query = self.query(x_BLD)
         else:
-            query = self.query_up(self.query_norm(self.query_down(x_BLD)))
+            latent = checkpoint_name(self.query_down(x_BLD), "latent")
+            query = self.query_up(self.query_norm(latent))
         nope, rope = jnp.split(query, [self.sizes.qk_nope_head_dim], axis=-1)
         return nope, apply_rotary(rope, rotary, self.rope.interleaved)

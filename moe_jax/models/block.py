@@ -1,5 +1,6 @@
 """One layer of a decoder, and the stack of layers of a kind."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +19,27 @@ from moe_jax.ops.rope import Rotary, rotary_angles
 ATTENTION = {"latent": LatentAttention, "grouped_query": GroupedQueryAttention}
 
 
-def _all_but_gathered(primitive, *_, **__) -> bool:
-    # Kept, the whole dense weights of all layers would stand in memory at once.
-    return primitive.name not in ("reshard", "all_gather", "pvary")
+PRODUCTS = ("dot_general",)
+# What a token is sent to, and what has come: kept, nothing is chosen or sent twice.
+ROUTED = ("top_k", "sort", "scatter", "scatter-add", "all_to_all")
 
 
-# What a layer keeps for its backward pass besides its input, by name.
+def _keep(primitives: tuple[str, ...], names: tuple[str, ...]) -> Callable[..., bool]:
+    def policy(primitive, *_, **parameters) -> bool:
+        if primitive.name == "name":
+            return parameters["name"] in names
+        return primitive.name in primitives
+
+    return policy
+
+
+# What a layer keeps for its backward pass besides its input, by name. Gathered weights are never
+# kept: those of all layers would stand in memory at once.
 REMATERIALIZATION = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "none": _all_but_gathered,
+    "none": _keep(PRODUCTS + ROUTED, ("latent", "attention", "expert_gate_up")),
+    "minimal": _keep(ROUTED, ("latent", "attention")),
+    "latent": _keep((), ("latent", "attention")),
+    "full": _keep((), ()),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.sharding import BATCH, BATCH_AXES, P
 
@@ -113,7 +114,9 @@ def _forward(q, k, v, segment_ids, scale, block):
     start = (sums, normalizers, highest)
     sums, normalizers, highest = jax.lax.fori_loop(0, pairs.count, add, start)
     values = (sums / normalizers[..., None]).astype(v.dtype)
-    log_normalizers = highest + jnp.log(normalizers)
+    # Names let a rematerialization policy keep them; a loop's results have none of their own.
+    log_normalizers = checkpoint_name(highest + jnp.log(normalizers), "attention")
+    values = checkpoint_name(values, "attention")
     return values, (q, k, v, segment_ids, values, log_normalizers)
 
 

@@ -303,8 +303,9 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(
     _assert_same(_loss_and_gradients(setup, _batch()), _expected(ROUTED), rounds=False)
 
 
-def test_recomputation_changes_nothing_and_counts_nothing_twice() -> None:
-    setup = _setup({}, ROUTED, rematerialization="full")
+@pytest.mark.parametrize("rematerialization", ["minimal", "latent", "full"])
+def test_recomputation_changes_nothing_and_counts_nothing_twice(rematerialization: str) -> None:
+    setup = _setup({}, ROUTED, rematerialization=rematerialization)
     _assert_same(_loss_and_gradients(setup, _batch()), _expected(ROUTED), rounds=True)
 
 
