@@ -1,17 +1,17 @@
 """One contender of `benchmarks.train_step`: arguments DTYPE and routed, dense or rate."""
 
-import json
 import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.contender import serve
 from benchmarks.shape import SHAPE
 from moe_jax import config as configs
 from moe_jax import sharding
+from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.training import step
 
 
@@ -49,7 +49,8 @@ def make_config(dtype: str, dense: bool) -> configs.Config:
     )
 
 
-def train_step(dtype: str, kind: str) -> Callable[[], None]:
+def train_step(dtype: str, kind: str) -> tuple[Callable[[], None], float]:
+    """A function that takes a step; the operations that one needs."""
     config = make_config(dtype, kind == "dense")
     rows, length = SHAPE["batch"], SHAPE["length"]
     tokens = np.random.default_rng(0).integers(0, SHAPE["vocab"], (1, rows, length + 1))
@@ -72,10 +73,12 @@ def train_step(dtype: str, kind: str) -> Callable[[], None]:
         nonlocal state
         state, _ = jax.block_until_ready(compiled(state, placed))
 
-    return run
+    count = count_parameters(state["parameters"], state["router_bias"], config.model)
+    return run, training_operations(config.model, count, length) * rows * length
 
 
-def matrix_rate(dtype: str) -> tuple[Callable[[], None], float]:
+def matrix_product(dtype: str) -> tuple[Callable[[], None], float]:
+    """A function that multiplies large matrices; its operations."""
     x = jnp.ones((2048, 2048), dtype)
     product = jax.jit(lambda a, b: a @ b)
 
@@ -88,18 +91,8 @@ def matrix_rate(dtype: str) -> tuple[Callable[[], None], float]:
 
 def main() -> None:
     dtype, kind = sys.argv[1:]
-    facts = {"jax": jax.__version__}
-    if kind == "rate":
-        run, facts["operations"] = matrix_rate(dtype)
-    else:
-        run = train_step(dtype, kind)
-    for _ in range(3):
-        run()
-    print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        print(time.perf_counter() - start, flush=True)
+    run, operations = matrix_product(dtype) if kind == "rate" else train_step(dtype, kind)
+    serve(run, {"operations": operations})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """One contender: Hugging Face transformers' DeepSeek-V3 in torch, with AdamW.
 
-Arguments: the shape as JSON, the dtype (bfloat16: autocast), the implementation of the experts, and
-"compiled" or "eager".
+Arguments: the dtype (bfloat16: autocast), the implementation of the experts, and "compiled" or
+"eager".
 """
 
-import json
 import sys
-import time
 
 import torch
 import transformers
 
+from benchmarks.contender import serve
+from benchmarks.shape import SHAPE
+
 
 def main() -> None:
-    s, dtype, experts, mode = json.loads(sys.argv[1]), *sys.argv[2:]
+    dtype, experts, mode = sys.argv[1:]
+    s = SHAPE
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(
         vocab_size=s["vocab"],
@@ -54,14 +56,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(3):
-        run()
-    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        print(time.perf_counter() - start, flush=True)
+    serve(run, {"torch": torch.__version__, "transformers": transformers.__version__})
 
 
 if __name__ == "__main__":

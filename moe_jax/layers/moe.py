@@ -28,7 +28,7 @@ class RoutingStats(NamedTuple):
     share_E: [experts] float32, sum over the same tokens of their normalised scores.
     z: [] float32, sum over them of the squared log-partition of the router's logits.
     sequence_losses: sums over sequences, by the names of `balance.sequence_losses`.
-    dropped: [] int32, choices that were not served.
+    dropped: [] int32, choices that a capacity dropped.
     rounds: [] int32, passes over the experts that the fullest buffer needed.
     """
 
@@ -98,10 +98,12 @@ class MoE(nnx.Module):
         def region(x_BLD, valid_BL, router_weight, bias_E, experts):
             with jax.named_scope("gather_experts"):
                 router_weight = sharding.gather_over(router_weight, router_spec)
-                gate, up, down = jax.tree.map(
-                    lambda w, spec: _whole(w, spec, self.dtype), experts, expert_specs
+                gate, up, down = experts
+                gate_up = jnp.concatenate([gate, up], axis=2)  # while they are small
+                experts = Experts(
+                    _whole(gate_up, expert_specs[0], self.dtype),
+                    _whole(down, expert_specs[2], self.dtype),
                 )
-                experts = Experts(jnp.concatenate([gate, up], axis=2), down)
             return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts, training)
 
         routed, stats = jax.shard_map(
@@ -175,7 +177,6 @@ def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     It is made varying here, once, so that its gradient is reduced once and not in every round. The
     narrow form travels; the gradient is reduced in float32.
     """
-
     gather = functools.partial(sharding.gather_varying, spec=spec, keep=1)
 
     @jax.custom_vjp

@@ -60,8 +60,7 @@ def projected_cross_entropy(
 
 
 def _forward(x_BLD, weight_DV, targets_BL, weights_BL, dtype):
-    loss, kept = _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=True)
-    return loss, kept
+    return _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=True)
 
 
 def _backward(dtype, kept, dloss):
@@ -88,29 +87,33 @@ def _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, *, gradients):
             )
             return x.reshape(chunks, size, *rest)
 
-        def chunk(total, inputs):
+        def chunk_loss(loss, inputs):
+            x_CD, targets_C, weights_C = inputs
+            logits_CV = jnp.dot(x_CD, whole_DV, preferred_element_type=jnp.float32)
+            return loss + cross_entropy(logits_CV, targets_C, weights_C), None
+
+        def chunk_gradients(total, inputs):
             loss, dweight_DV = total
             x_CD, targets_C, weights_C = inputs
             logits_CV = jnp.dot(x_CD, whole_DV, preferred_element_type=jnp.float32)
-            if not gradients:
-                loss += cross_entropy(logits_CV, targets_C, weights_C)
-                return (loss, dweight_DV), x_CD
             here, dlogits_CV = jax.value_and_grad(cross_entropy)(logits_CV, targets_C, weights_C)
             dlogits_CV = dlogits_CV.astype(dtype)
             dx_CD = jnp.dot(dlogits_CV, whole_DV.T, preferred_element_type=jnp.float32)
             dweight_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
             return (loss + here, dweight_DV), dx_CD.astype(x_BLD.dtype)
 
-        zeros = jnp.zeros(whole_DV.shape if gradients else (), jnp.float32)
-        start = jax.lax.pcast((jnp.zeros((), jnp.float32), zeros), BATCH_AXES, to="varying")
+        def zeros(shape):
+            return jax.lax.pcast(jnp.zeros(shape, jnp.float32), BATCH_AXES, to="varying")
+
         inputs = chunked(x_BLD.astype(dtype), dim), chunked(targets_BL), chunked(weights_BL)
-        (loss, dweight_DV), dx = jax.lax.scan(chunk, start, inputs)
-        loss = jax.lax.psum(loss, BATCH_AXES)
         if not gradients:
-            return loss, ()
+            return jax.lax.psum(jax.lax.scan(chunk_loss, zeros(()), inputs)[0], BATCH_AXES), ()
+        start = zeros(()), zeros(whole_DV.shape)
+        (loss, dweight_DV), dx = jax.lax.scan(chunk_gradients, start, inputs)
         dx_BLD = dx.reshape(-1, dim)[:tokens].reshape(x_BLD.shape)
         gather = functools.partial(sharding.gather_varying, spec=spec)
-        return loss, (dx_BLD, *jax.vjp(gather, shard)[1](dweight_DV))
+        dweight = jax.vjp(gather, shard)[1](dweight_DV)[0]
+        return jax.lax.psum(loss, BATCH_AXES), (dx_BLD, dweight)
 
     return jax.shard_map(
         region,

@@ -129,9 +129,9 @@ def _forward(x_TD, weights_TK, experts, layout, size):
     def piece(weights, start, rows, filled):
         y_SD, opened_SH = filled
         choice = _read(layout.choice_S, start, rows)
-        opened = _take(x_TD, choice // top_k) @ weights.gate_up_EDH
+        opened = slots.take(x_TD, choice // top_k) @ weights.gate_up_EDH
         gate, up = jnp.split(opened.astype(jnp.float32), 2, axis=-1)
-        hidden = _take(weights_TK.reshape(-1, 1), choice) * jax.nn.silu(gate) * up
+        hidden = slots.take(weights_TK.reshape(-1, 1), choice) * jax.nn.silu(gate) * up
         y = hidden.astype(x_TD.dtype) @ weights.down_EFD
         return _write(y_SD, y, start), _write(opened_SH, opened, start)
 
@@ -146,7 +146,8 @@ def _forward(x_TD, weights_TK, experts, layout, size):
     (y_SD, opened_SH), _ = jax.lax.scan(expert, filled, per_expert)
     # The name lets a rematerialization policy keep it; a loop's results have none of their own.
     opened_SH = checkpoint_name(opened_SH, "expert_gate_up")
-    return _sum(y_SD, layout.slot_of_TK), (x_TD, weights_TK, experts, layout, opened_SH)
+    kept = (x_TD, weights_TK, experts, layout, opened_SH)
+    return slots.sum_of_slots(y_SD, layout.slot_of_TK), kept
 
 
 def _backward(size, kept, dy_TD):
@@ -158,8 +159,8 @@ def _backward(size, kept, dy_TD):
     def piece(weights, start, rows, filled):
         dx_SD, dweight_S1, d_experts = filled
         choice = _read(layout.choice_S, start, rows)
-        x, dy = _take(x_TD, choice // top_k), _take(dy_TD, choice // top_k)
-        weight = _take(weights_TK.reshape(-1, 1), choice)
+        x, dy = slots.take(x_TD, choice // top_k), slots.take(dy_TD, choice // top_k)
+        weight = slots.take(weights_TK.reshape(-1, 1), choice)
         gate, up = jnp.split(_read(opened_SH, start, rows).astype(jnp.float32), 2, axis=-1)
         sigmoid = jax.nn.sigmoid(gate)
         hidden = gate * sigmoid * up
@@ -189,8 +190,8 @@ def _backward(size, kept, dy_TD):
     )
     per_expert = experts, layout.first_E, layout.count_E
     (dx_SD, dweight_S1), d_experts = jax.lax.scan(expert, filled, per_expert)
-    dx_TD = _sum(dx_SD, layout.slot_of_TK).astype(dtype)
-    dweights_TK = _take(dweight_S1[:, 0], layout.slot_of_TK)
+    dx_TD = slots.sum_of_slots(dx_SD, layout.slot_of_TK).astype(dtype)
+    dweights_TK = slots.take(dweight_S1[:, 0], layout.slot_of_TK)
     return dx_TD, dweights_TK, d_experts, None
 
 
@@ -223,14 +224,6 @@ def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
     """Summed over these dims, in float32."""
     dims = (((dim_a,), (dim_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
-def _sum(y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
-    return jnp.sum(_take(y_SD, slot_of_TK).astype(jnp.float32), axis=1)
 
 
 def _read(x: jax.Array, start: jax.Array, rows: int) -> jax.Array:

@@ -40,19 +40,28 @@ def choice_of_slot(slot_of_TK: jax.Array, slots: int) -> jax.Array:
     return empty.at[slot_of_TK.reshape(-1)].set(choices, mode="drop")
 
 
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows of x at these places; zero for a place behind the last."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def sum_of_slots(y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
+    """[T, D] float32, the sum of each token's slots (slot S: nowhere)."""
+    return jnp.sum(take(y_SD, slot_of_TK).astype(jnp.float32), axis=1)
+
+
 @jax.custom_vjp
 def to_slots(x_TD: jax.Array, token_of_slot_S: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
     """[S, D]: the token of each slot; zero where the slot is empty (token T)."""
     del slot_of_TK
-    return x_TD.at[token_of_slot_S].get(mode="fill", fill_value=0)
+    return take(x_TD, token_of_slot_S)
 
 
 @jax.custom_vjp
 def from_slots(y_SD: jax.Array, token_of_slot_S: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
-    """[T, D]: the sum of each token's slots, in float32 (slot S: not in this round)."""
+    """[T, D]: the sum of each token's slots, in float32 (slot S: nowhere)."""
     del token_of_slot_S
-    slots_TKD = y_SD.at[slot_of_TK].get(mode="fill", fill_value=0)
-    return jnp.sum(slots_TKD.astype(jnp.float32), axis=1).astype(y_SD.dtype)
+    return sum_of_slots(y_SD, slot_of_TK).astype(y_SD.dtype)
 
 
 # The two are each other's transpose, so that neither gradient is a scatter.

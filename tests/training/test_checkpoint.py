@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,24 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, place: str) 
     assert (tmp_path / "file").read_text() == "something of the user's"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
+@pytest.fixture
+def own_directory() -> Iterator[Path]:
+    """Made by an ordinary user, who this process is meanwhile: root may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nobody
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_directory_is_refused(own_directory: Path) -> None:
+    check_writable(own_directory)
+    (own_directory / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match="Permission denied; give another with --workdir"):
-        check_writable(tmp_path / "locked")
+        check_writable(own_directory / "locked")
 
 
 def test_a_writable_directory_is_made_and_left_empty(tmp_path: Path) -> None:

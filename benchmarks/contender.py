@@ -1,0 +1,65 @@
+"""Contenders take turns: each is a process that gets ready, waits, and times one run a turn.
+
+Of the standard library alone, so that it works in a peer's environment too.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def serve(run: Callable[[], object], facts: dict) -> None:
+    """The contender's end: warms up, says its facts, and times `run` for each line it gets."""
+    for _ in range(3):
+        run()
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Contender:
+    """The other end. `facts` is what it has said of itself.
+
+    Args:
+      python: the interpreter.
+      arguments: a module of this repository, and its arguments.
+    Raises:
+      RuntimeError: it ended before its turn, with the last line of its errors.
+    """
+
+    def __init__(self, python: str, *arguments: str):
+        # A pipe that nobody reads would fill.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [python, "-m", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.facts = json.loads(self._read())
+
+    def turn(self) -> float:
+        """Seconds of one run."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError((self._errors.read().strip().splitlines() or ["no output"])[-1])
+        return line
