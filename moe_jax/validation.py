@@ -6,7 +6,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import DTYPES, MESH_AXES, Config, PrecisionConfig, UserError, build, field_names
+from moe_jax.config import (
+    BACKENDS,
+    DTYPES,
+    MESH_AXES,
+    Config,
+    PrecisionConfig,
+    UserError,
+    build,
+    field_names,
+)
 
 
 def parse(raw: ConfigDict | Mapping[str, Any]) -> Config:
@@ -106,6 +115,8 @@ def check_model(config: Config) -> None:
     _one_of(config, "model.initializer", "normal", "fan_in")
     _check_attention(config)
     _check_moe(config)
+    for operation, forms in BACKENDS.items():
+        _one_of(config, f"model.backends.{operation}", "auto", *dict.fromkeys(forms.values()))
     for field in dataclasses.fields(PrecisionConfig):
         _one_of(config, f"precision.{field.name}", *DTYPES)
 
@@ -298,12 +309,20 @@ def profile_steps(config: Config) -> range:
     return range(int(first), int(last))
 
 
-def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
-    """What needs the sizes of the mesh axes.
+def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") -> None:
+    """What needs the sizes of the mesh axes and the platform of the devices.
 
     Raises:
-      ValueError: experts or rows do not divide over the mesh.
+      ValueError: experts or rows do not divide over the mesh, or the platform lacks a back end.
     """
+    for operation, forms in BACKENDS.items():
+        wanted, runs = _value(config, f"model.backends.{operation}"), {forms["cpu"]}
+        runs |= {forms[platform]} if platform in forms else set()
+        _require(
+            wanted in {"auto", *runs},
+            f"config.model.backends.{operation}={wanted!r} does not run on {platform}; set it to "
+            f"{' or '.join(sorted({'auto', *runs}))}",
+        )
     experts, shards = config.model.moe.num_experts, sizes["expert_outer"] * sizes["expert"]
     model = config.model
     _require(

@@ -282,3 +282,24 @@ def test_devices_that_the_mesh_does_not_divide() -> None:
     mesh = MeshConfig(num_cpu_devices=8, fsdp=-1, expert=3)
     with pytest.raises(UserError, match=re.escape("(fsdp=-1 * expert=3) does not fit 8 devices")):
         sharding.mesh_sizes(mesh, mesh.num_cpu_devices)
+
+
+@pytest.mark.parametrize(
+    ("operation", "form", "platform", "others"),
+    [
+        ("exchange", "ragged", "cpu", "auto or padded"),
+        ("attention", "gpu", "tpu", "auto or portable or tpu"),
+        ("grouped_matmul", "tpu", "gpu", "auto or gpu or portable"),
+    ],
+)
+def test_forms_that_the_platform_lacks(
+    operation: str, form: str, platform: str, others: str
+) -> None:
+    field = f"model.backends.{operation}"
+    config = validation.parse(raw({field: form}))
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(config, _sizes(), platform)
+    assert str(error.value) == (
+        f"config.{field}={form!r} does not run on {platform}; set it to {others}"
+    )
+    validation.check_mesh(validation.parse(raw({field: "auto"})), _sizes(), platform)

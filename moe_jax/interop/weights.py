@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import BALANCING, ModelConfig, UserError, differing, to_dict
+from moe_jax.config import WEIGHTLESS, ModelConfig, UserError, differing, to_dict
 from moe_jax.interop.huggingface import place_weights, read_folder
 from moe_jax.interop.lazy import Tree
 from moe_jax.interop.orbax_files import find_checkpoint, read_checkpoint
@@ -15,7 +15,7 @@ from moe_jax.interop.orbax_files import find_checkpoint, read_checkpoint
 # training, or of no weight. The depth of multi-token prediction is compared by itself.
 FREE = {
     *("initializer", "initializer_range", "max_position_embeddings", "num_nextn_predict_layers"),
-    *(f"moe.{name}" for name in BALANCING),
+    *WEIGHTLESS,
 }
 
 

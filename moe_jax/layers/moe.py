@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.linear import Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.ops import balance, dispatch, routing
+from moe_jax.ops.backends import choose
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
@@ -62,6 +63,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
         moe, dim = config.moe, config.hidden_size
         self.config = moe
+        self.backends = config.backends
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.router = Router(config, rngs=rngs)
@@ -162,6 +164,10 @@ class MoE(nnx.Module):
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
+                backends=dispatch.Backends(
+                    choose("exchange", self.backends.exchange),
+                    choose("grouped_matmul", self.backends.grouped_matmul),
+                ),
             )
         dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
         load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(
@@ -175,16 +181,17 @@ def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     """An expert weight's shard, whole in all dims but experts, and varying over the batch's axes.
 
     It is made varying here, once, so that its gradient is reduced once and not in every round. The
-    narrow form travels; the gradient is reduced in float32.
+    narrow form travels. What comes out is float32 again, so that its gradient is, from its product
+    to its parts.
     """
     gather = functools.partial(sharding.gather_varying, spec=spec, keep=1)
 
     @jax.custom_vjp
     def gather_narrow(shard):
-        return gather(shard.astype(dtype))
+        return gather(shard.astype(dtype)).astype(jnp.float32)
 
     def backward(shard, gradient):
-        return jax.vjp(gather, shard)[1](gradient.astype(jnp.float32))
+        return jax.vjp(gather, shard)[1](gradient)
 
     gather_narrow.defvjp(lambda shard: (gather_narrow(shard), shard), backward)
     return gather_narrow(shard)

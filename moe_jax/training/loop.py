@@ -51,7 +51,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         )
         display.lines(lines)
         mesh = sharding.make_mesh(config.mesh)
-        validation.check_mesh(config, dict(mesh.shape))
+        validation.check_mesh(config, dict(mesh.shape), mesh.devices.flat[0].platform)
         share = sharding.process_share(mesh)
         peak, peak_source = peak_operations(
             list(mesh.devices.flat), jnp.dtype(config.precision.compute_dtype)
