@@ -29,6 +29,7 @@ from moe_jax.training.checkpoint import Checkpoints, check_writable
 from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training.self_check import check_exchange
 from moe_jax.training.step import Tree, first_state, init_state, make_train_step
 from moe_jax.training.timing import Clock, CompiledByShape, Trace
 
@@ -68,6 +69,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
             contextlib.closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
         )
         stack.enter_context(jax.set_mesh(mesh))
+        display.lines(check_exchange(config))
         first_step, data_state, state = start(config, mesh, checkpoints, corpus, display)
         count = count_parameters(state["parameters"], state["router_bias"], config.model)
         display.line(summary.model(count))
