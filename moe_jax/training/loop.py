@@ -124,7 +124,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
                 if writer:
                     writer.write(row)
                 if metrics["skipped_updates"]:
-                    display.line(f"{metrics['skipped_updates']} updates skipped: not finite")
+                    display.line(summary.skipped(metrics))
                 display.line(summary.step(step, metrics["loss"], speed, mfu, left))
                 display.progress(step, metrics["loss"], speed, mfu, left)
             if step % training.eval_every_steps == 0 or is_last:

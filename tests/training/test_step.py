@@ -150,11 +150,13 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: Any, loss_is_finite: 
         jax.tree.map(np.testing.assert_array_equal, new[name], state[name])
     assert new["step"] == state["step"] + 1
     assert metrics["skipped_updates"] == 1
+    assert metrics["first_router_not_finite"] == (-1 if loss_is_finite else 0)
 
     # The next good batch makes the update that was skipped, and no other.
     good = make_state()["parameters"]
     new, metrics = run({**new, "parameters": good}, make_batch())
     assert metrics["skipped_updates"] == 1
+    assert metrics["first_router_not_finite"] == -1
     assert_close({name: new[name] for name in FROZEN}, {n: reference()[0][n] for n in FROZEN})
 
 
