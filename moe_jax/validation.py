@@ -267,6 +267,12 @@ def _check_run(config: Config) -> None:
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
+    dropping = config.model.moe.token_dropping
+    _require(
+        not config.training.split_micro_batch or dropping == "none",
+        "config.training.split_micro_batch=True would give each half a capacity of its own; set it "
+        f"to False or config.model.moe.token_dropping={dropping!r} to 'none'",
+    )
     _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
     _at_least(config, 0, "training.mtp_late_from_tokens")
     _at_least(
@@ -342,4 +348,10 @@ def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") 
             f"{stage.sequence_length} / config.training.micro_batches="
             f"{config.training.micro_batches}) must be a multiple of the {batch} devices that the "
             "batch is split over (data * fsdp * expert_outer * expert)",
+        )
+        _require(
+            not config.training.split_micro_batch or micro // batch % 2 == 0,
+            "config.training.split_micro_batch=True needs an even number of rows on each device, "
+            f"and config.data.stages[{i}] leaves {micro // batch} of a micro-batch's {micro}; set "
+            "it to False or change config.training.tokens_per_step or micro_batches",
         )

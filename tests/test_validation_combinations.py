@@ -303,3 +303,18 @@ def test_forms_that_the_platform_lacks(
         f"config.{field}={form!r} does not run on {platform}; set it to {others}"
     )
     validation.check_mesh(validation.parse(raw({field: "auto"})), _sizes(), platform)
+
+
+def test_halves_of_a_micro_batch() -> None:
+    fields = {"training.split_micro_batch": True}
+    with pytest.raises(UserError, match="a capacity of its own; set it to False or config.model"):
+        validation.parse(raw({**fields, "model.moe.token_dropping": "expert"}))
+    config = validation.parse(raw(fields))
+    validation.check_mesh(config, _sizes(data=8))
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(config, _sizes(data=16))
+    assert str(error.value) == (
+        "config.training.split_micro_batch=True needs an even number of rows on each device, and "
+        "config.data.stages[1] leaves 1 of a micro-batch's 16; set it to False or change "
+        "config.training.tokens_per_step or micro_batches"
+    )

@@ -35,6 +35,7 @@ def make_model(config: Config) -> Decoder:
         config.model,
         config.precision,
         rematerialization=config.training.rematerialization,
+        split_micro_batch=config.training.split_micro_batch,
         rngs=nnx.Rngs(config.seed),
     )
 

@@ -1,5 +1,6 @@
 """One step: the same however the batch is cut and spread, and harmless where it goes wrong."""
 
+import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
@@ -49,6 +50,18 @@ def test_however_it_is_cut_and_spread_the_update_is_the_same(
     assert_close(state, expected_state)
     for name, value in expected_metrics.items():
         if name != "dispatch_rounds":  # buffers follow the tokens of a device
+            assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "expert": 2}], ids=str)
+def test_halves_of_a_micro_batch_make_the_same_update(axes: dict[str, int]) -> None:
+    training = dataclasses.replace(CONFIG.training, split_micro_batch=True)
+    config = dataclasses.replace(CONFIG, training=training)
+    state, metrics = run(make_state(), make_batch(), "full", config, **axes)
+    expected_state, expected_metrics = reference()
+    assert_close(state, expected_state)
+    for name, value in expected_metrics.items():
+        if name != "dispatch_rounds":
             assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
