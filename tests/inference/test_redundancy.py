@@ -94,8 +94,8 @@ def test_each_replica_serves_a_part(make_model) -> None:
         (
             4,
             1,
-            "--redundant_experts=4 exceeds 0, with all 16 experts on every device that --mesh splits "
-            "them over (1)",
+            "--redundant_experts=4 exceeds 0, with all 16 experts on every device that --mesh "
+            "splits them over (1)",
         ),
         (
             49,

@@ -120,15 +120,15 @@ def test_of_equal_loads_each_gets_a_replica_before_one_gets_two(load: int) -> No
             [1, 1, 1, 1],
             2,
             1,
-            "2 devices of 1 slots have 2, which must be at least the 4 experts and at most 8, all of "
-            "them on each",
+            "2 devices of 1 slots have 2, which must be at least the 4 experts and at most 8, all "
+            "of them on each",
         ),
         (
             [1, 1, 1, 1],
             2,
             5,
-            "2 devices of 5 slots have 10, which must be at least the 4 experts and at most 8, all of "
-            "them on each",
+            "2 devices of 5 slots have 10, which must be at least the 4 experts and at most 8, all "
+            "of them on each",
         ),
     ],
 )
