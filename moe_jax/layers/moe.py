@@ -23,7 +23,7 @@ class RouterBias(nnx.Variable):
     """Steers the choice of experts; a type of its own, so that the optimizer never sees it."""
 
 
-class Placement(nnx.Variable):
+class PlacementTable(nnx.Variable):
     """[experts, most replicas] int32, the slots of each expert (`ops/placement.py`)."""
 
 
@@ -75,7 +75,7 @@ class MoE(nnx.Module):
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.router = Router(config, rngs=rngs)
-        self.placement: Placement | None = nnx.data(None)
+        self.placement: PlacementTable | None = nnx.data(None)
         initializer = Initializer.of(config)
         hidden = moe.intermediate_size
         wide, narrow = (moe.num_experts, dim, hidden), (moe.num_experts, hidden, dim)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
-from moe_jax.layers.moe import Placement
+from moe_jax.layers.moe import PlacementTable
 from moe_jax.models.decoder import Decoder, RouterBias
 
 Tree = Any  # nested dicts of arrays
@@ -41,7 +41,7 @@ class LanguageModel:
         with jax.set_mesh(mesh):
             decoder = _shapes(config, precision)
         if placement is not None:
-            decoder.moe_blocks.moe.placement = Placement(jax.typeof(placement))
+            decoder.moe_blocks.moe.placement = PlacementTable(jax.typeof(placement))
             self.placement = {"moe_blocks": {"moe": {"placement": placement}}}
         self.graphdef = nnx.graphdef(decoder)
         self._logits = jax.jit(self.apply)

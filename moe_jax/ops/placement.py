@@ -9,6 +9,7 @@ Two things follow, whatever the loads. Replicas of an expert stand on different 
 fullest device exceeds the mean by the load of one replica at most, which is at most the total over
 spare slots plus 1, so that the fullest has at most 1 + devices / (spare + 1) times the mean. Where
 experts in the order of their ids are more even by luck, they stay, and spare slots are of no use.
+Groups of experts are not kept together: limits on a token's groups do not limit its devices here.
 
 Shapes: L layers, E experts, S slots (those of device 0 first), D devices, R most replicas of an
 expert, T tokens, K choices per token.
