@@ -89,7 +89,7 @@ def test_several_prompts_each_to_its_end(checkpoint: Path) -> None:
     prompts = ["--prompt=ab", "--prompt=def "]
     process = _start(*shared, *prompts, "--mesh=expert=2", "--redundant_experts=2")
     whole = _text(process).splitlines()
-    assert whole[3].startswith("experts     4 and 2 redundant; by the prompts' load, the fullest")
+    assert whole[3].startswith("experts     4, and 2 redundant: fullest device ")
     titles = whole.index("--- prompt 1 ---"), whole.index("--- prompt 2 ---")
     first, second = (whole[title + 1] for title in titles)
     assert first.startswith("ab") and second.startswith("def ")

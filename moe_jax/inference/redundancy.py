@@ -94,14 +94,14 @@ def with_redundant_experts(
         _fullest(table_LS, load_LE, devices)
         for table_LS in (np.tile(np.arange(experts), (layers, 1)), placement.expert_of_slot_LS)
     )
-    line = f"experts     {experts} and {redundant} redundant; by the prompts' load, the fullest of "
-    line += f"{devices} devices has {after:.2f}x the mean, and had {before:.2f}x"
-    return (
-        LanguageModel(
-            model.config, model.precision, model.mesh, parameters, model.router_bias, slots_LER
-        ),
-        line,
+    line = (
+        f"experts     {experts}, and {redundant} redundant: fullest device {after:.2f}x the mean "
     )
+    line += f"by the prompts' load, {before:.2f}x without"
+    balanced = LanguageModel(
+        model.config, model.precision, model.mesh, parameters, model.router_bias, slots_LER
+    )
+    return balanced, line
 
 
 @jax.jit

@@ -54,8 +54,8 @@ def test_what_is_copied_and_what_is_shared(make_model) -> None:
     assert redundant.router_bias is model.router_bias
     # 9 and 5 of means 3 and 2; then 9 / 4 + 1 and 5 / 4 + 1.
     assert line == (
-        "experts     4 and 4 redundant; by the prompts' load, the fullest of 4 devices has "
-        "1.10x the mean, and had 2.80x"
+        "experts     4, and 4 redundant: fullest device 1.10x the mean by the prompts' load, "
+        "2.80x without"
     )
 
 
