@@ -90,14 +90,10 @@ def with_redundant_experts(
         slots_LER = jax.device_put(
             placement.slots_of_expert_LER, jax.NamedSharding(model.mesh, P())
         )
-    before, after = (
-        _fullest(table_LS, load_LE, devices)
-        for table_LS in (np.tile(np.arange(experts), (layers, 1)), placement.expert_of_slot_LS)
-    )
-    line = (
-        f"experts     {experts}, and {redundant} redundant: fullest device {after:.2f}x the mean "
-    )
-    line += f"by the prompts' load, {before:.2f}x without"
+    tables = np.tile(np.arange(experts), (layers, 1)), placement.expert_of_slot_LS
+    before, after = (_fullest(table_LS, load_LE, devices) for table_LS in tables)
+    line = f"experts     {experts}, and {redundant} redundant: fullest device {after:.2f}x the mean"
+    line += f" by the prompts' load, {before:.2f}x without"
     balanced = LanguageModel(
         model.config, model.precision, model.mesh, parameters, model.router_bias, slots_LER
     )
