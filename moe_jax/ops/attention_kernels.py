@@ -1,4 +1,4 @@
-"""What the kernels of attention share: rows of whole blocks, heads in front, their own gradient.
+"""What the kernels of attention share: rows of whole blocks, and a gradient of their own.
 
 A kernel sees which pairs of a query block and a key block it has to compute from `needed_blocks`.
 
@@ -20,11 +20,11 @@ LOWEST = -1e30  # stands for -inf where a difference of two would be no number
 class Kernels(NamedTuple):
     """Attention on one kind of machine.
 
-    block_of: the positions of a block in a row of that length, which it need not divide.
-    forward: q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block -> values_BHLV in v's dtype and
+    block_of: the positions of a block for rows of that length, which it need not divide.
+    forward: q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block -> values_BLHV in v's dtype and
       log_normalizers_BHL float32, the logarithm of each query's sum of exponentials.
     backward: the same six, log_normalizers_BHL, deltas_BHL float32 (the sum over V of each value
-      times its gradient) and d_values_BHLV -> dq_BHLQ, dk_BGLQ, dv_BGLV in their inputs' dtypes.
+      times its gradient) and d_values_BLHV -> dq_BLHQ, dk_BLGQ, dv_BLGV in their inputs' dtypes.
     """
 
     block_of: Callable[[int], int]
@@ -44,19 +44,10 @@ def attention(
     """One device's rows of `ops.attention.attention`, by these kernels."""
     length = q_BLHQ.shape[1]
     block = kernels.block_of(length)
-
-    def heads_first(x):
-        return jnp.moveaxis(_whole_blocks(x, block), 1, 2)
-
+    inputs = (_whole_blocks(x, block) for x in (q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL))
     # What a custom gradient returns, no type says.
-    values_BHLV: Any = _attention(
-        *map(heads_first, (q_BLHQ, k_BLGQ, v_BLGV)),
-        _whole_blocks(segment_ids_BL, block),
-        scale,
-        block,
-        kernels,
-    )
-    return jnp.moveaxis(values_BHLV, 2, 1)[:, :length]
+    values_BLHV: Any = _attention(*inputs, scale, block, kernels)
+    return values_BLHV[:, :length]
 
 
 def needed_blocks(segment_ids_BL: jax.Array, block: int) -> jax.Array:
@@ -80,27 +71,26 @@ def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStru
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block, kernels):
-    return kernels.forward(q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block)[0]
+def _attention(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block, kernels):
+    return kernels.forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block)[0]
 
 
-def _forward(q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block, kernels):
-    inputs = q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL
-    values_BHLV, log_normalizers_BHL = kernels.forward(*inputs, scale, block)
+def _forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block, kernels):
+    inputs = q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL
+    values_BLHV, log_normalizers_BHL = kernels.forward(*inputs, scale, block)
     # Names let a rematerialization policy keep them; a kernel's results have none of their own.
-    values_BHLV = checkpoint_name(values_BHLV, "attention")
+    values_BLHV = checkpoint_name(values_BLHV, "attention")
     log_normalizers_BHL = checkpoint_name(log_normalizers_BHL, "attention")
-    return values_BHLV, (*inputs, values_BHLV, log_normalizers_BHL)
+    return values_BLHV, (*inputs, values_BLHV, log_normalizers_BHL)
 
 
-def _backward(scale, block, kernels, kept, d_values_BHLV):
-    *inputs, values_BHLV, log_normalizers_BHL = kept
-    products = d_values_BHLV.astype(jnp.float32) * values_BHLV.astype(jnp.float32)
-    deltas_BHL = jnp.sum(products, axis=-1)
-    gradients = kernels.backward(
-        *inputs, scale, block, log_normalizers_BHL, deltas_BHL, d_values_BHLV
-    )
-    return *gradients, None
+def _backward(scale, block, kernels, kept, d_values_BLHV):
+    *inputs, values_BLHV, log_normalizers_BHL = kept
+    # The softmax's own gradient needs this sum over keys, which is one over v's dims as well.
+    products_BLHV = d_values_BLHV.astype(jnp.float32) * values_BLHV.astype(jnp.float32)
+    deltas_BHL = jnp.moveaxis(jnp.sum(products_BLHV, axis=-1), 1, 2)
+    rest = log_normalizers_BHL, deltas_BHL, d_values_BLHV
+    return *kernels.backward(*inputs, scale, block, *rest), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -68,8 +68,9 @@ def block_of(length: int) -> int:
     return min(BLOCK, pl.cdiv(length, LANES) * LANES)
 
 
-def forward(q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block):
+def forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block):
     """See `Kernels`."""
+    q_BHLQ, k_BGLQ, v_BGLV = map(_swap_heads, (q_BLHQ, k_BLGQ, v_BLGV))
     batch, heads, length, dim_q = q_BHLQ.shape
     dim_v = v_BGLV.shape[-1]
     values_BHLV, log_normalizers_BH1L = _call(
@@ -85,22 +86,25 @@ def forward(q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block):
         scale=scale,
         block=block,
     )
-    return values_BHLV, log_normalizers_BH1L[:, :, 0]
+    return _swap_heads(values_BHLV), log_normalizers_BH1L[:, :, 0]
 
 
 def backward(
-    q_BHLQ,
-    k_BGLQ,
-    v_BGLV,
+    q_BLHQ,
+    k_BLGQ,
+    v_BLGV,
     segment_ids_BL,
     scale,
     block,
     log_normalizers_BHL,
     deltas_BHL,
-    d_values_BHLV,
+    d_values_BLHV,
 ):
     """See `Kernels`."""
-    dim_q, dim_v = k_BGLQ.shape[-1], v_BGLV.shape[-1]
+    dim_q, dim_v = k_BLGQ.shape[-1], v_BLGV.shape[-1]
+    q_BHLQ, k_BGLQ, v_BGLV, d_values_BHLV = map(
+        _swap_heads, (q_BLHQ, k_BLGQ, v_BLGV, d_values_BLHV)
+    )
     rows = log_normalizers_BHL[:, :, None], deltas_BHL[:, :, None]
     inputs = q_BHLQ, k_BGLQ, v_BGLV, segment_ids_BL, *rows, d_values_BHLV
     (dq_BHLQ,) = _call(
@@ -124,10 +128,15 @@ def backward(
         block=block,
         by_key=True,
     )
-    return dq_BHLQ, dk_BGLQ, dv_BGLV
+    return _swap_heads(dq_BHLQ), _swap_heads(dk_BGLQ), _swap_heads(dv_BGLV)
 
 
 KERNELS = Kernels(block_of, forward, backward)
+
+
+def _swap_heads(x):
+    """[B, L, heads, dim] <-> [B, heads, L, dim]."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def _call(kernel, name, inputs, results, scratch, width, *, scale, block, by_key=False):
