@@ -22,13 +22,14 @@ from moe_jax.ops.attention_kernels import LOWEST, Kernels, like, needed_blocks
 
 BLOCK = 128
 STEP = 64
+SHARED_MEMORY = 227 * 1024  # bytes a program may use, H100
 SMALLEST_PART = 16  # a dim of a tensor core's product
 
 
-def block_of(length: int) -> int:
-    """Positions of a block: the same for rows of any length."""
-    del length
-    return BLOCK
+def block_of(q_BLHQ: jax.Array, v_BLGV: jax.Array) -> int:
+    """Positions of a block: a block and two steps of a query and a value lie in shared memory."""
+    position = q_BLHQ.shape[3] * q_BLHQ.dtype.itemsize + v_BLGV.shape[3] * v_BLGV.dtype.itemsize
+    return BLOCK if (BLOCK + 2 * STEP) * position <= SHARED_MEMORY else STEP
 
 
 def forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block):
@@ -155,7 +156,8 @@ def _call(kernel, name, grid, inputs, results, scale, block, width):
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, spec in results],
         out_shape=[x for x, _ in results],
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        # Where blocks are small for want of memory, the next step is not loaded ahead either.
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2 if block == BLOCK else 1),
         # What causality leaves: what documents rule out as well is in the data.
         cost_estimate=pl.CostEstimate(
             flops=2 * pairs * block * block * width,

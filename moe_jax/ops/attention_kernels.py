@@ -20,14 +20,14 @@ LOWEST = -1e30  # stands for -inf where a difference of two would be no number
 class Kernels(NamedTuple):
     """Attention on one kind of machine.
 
-    block_of: the positions of a block for rows of that length, which it need not divide.
+    block_of: q_BLHQ, v_BLGV -> the positions of a block, which need not divide the length.
     forward: q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block -> values_BLHV in v's dtype and
       log_normalizers_BHL float32, the logarithm of each query's sum of exponentials.
     backward: the same six, log_normalizers_BHL, deltas_BHL float32 (the sum over V of each value
       times its gradient) and d_values_BLHV -> dq_BLHQ, dk_BLGQ, dv_BLGV in their inputs' dtypes.
     """
 
-    block_of: Callable[[int], int]
+    block_of: Callable[[jax.Array, jax.Array], int]
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
@@ -43,7 +43,7 @@ def attention(
 ) -> jax.Array:
     """One device's rows of `ops.attention.attention`, by these kernels."""
     length = q_BLHQ.shape[1]
-    block = kernels.block_of(length)
+    block = kernels.block_of(q_BLHQ, v_BLGV)
     inputs = (_whole_blocks(x, block) for x in (q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL))
     # What a custom gradient returns, no type says.
     values_BLHV: Any = _attention(*inputs, scale, block, kernels)

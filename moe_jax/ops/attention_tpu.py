@@ -63,9 +63,10 @@ class Order(NamedTuple):
         return pair >> self.bits == neighbour >> self.bits
 
 
-def block_of(length: int) -> int:
+def block_of(q_BLHQ: jax.Array, v_BLGV: jax.Array) -> int:
     """Positions of a block: whole registers, and no more of them than a short row needs."""
-    return min(BLOCK, pl.cdiv(length, LANES) * LANES)
+    del v_BLGV
+    return min(BLOCK, pl.cdiv(q_BLHQ.shape[1], LANES) * LANES)
 
 
 def forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block):
