@@ -32,7 +32,7 @@ class Kernels(NamedTuple):
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def attention(
+def local_attention(
     q_BLHQ: jax.Array,
     k_BLGQ: jax.Array,
     v_BLGV: jax.Array,
