@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import quick_jit
 from jax.experimental import pallas as pl
 
 from moe_jax.ops import attention_gpu, attention_tpu
@@ -56,7 +57,7 @@ def _inputs(dtype=np.float32, groups=GROUPS) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=(ROWS, 37, *size)), dtype) for size in sizes]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(kernels):
     """Values and gradients of kernels or, for None, of the reference."""
 
@@ -67,7 +68,7 @@ def _compiled(kernels):
             values = local_attention(q, k, v, ids, scale=SCALE, kernels=kernels)
         return jnp.sum(jnp.sin(values.astype(jnp.float32))), values
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
@@ -77,14 +78,8 @@ def test_values_and_gradients_equal_the_reference(backend: ModuleType, name: str
     chex.assert_trees_all_close(result, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_each_head_may_have_its_own_keys(backend: ModuleType) -> None:
-    inputs = *_inputs(groups=HEADS), SEGMENTS["short"]
-    result, expected = _compiled(backend.KERNELS)(*inputs), _compiled(None)(*inputs)
-    chex.assert_trees_all_close(result, expected, atol=2e-5, rtol=2e-5)
-
-
-def test_bfloat16_is_close_and_keeps_its_dtype(backend: ModuleType) -> None:
-    narrow = _inputs(jnp.bfloat16)
+def test_bfloat16_is_close_where_each_head_has_its_own_keys(backend: ModuleType) -> None:
+    narrow = _inputs(jnp.bfloat16, groups=HEADS)
     wide = [x.astype(jnp.float32) for x in narrow]
     result = _compiled(backend.KERNELS)(*narrow, SEGMENTS["long"])
     expected = _compiled(None)(*wide, SEGMENTS["long"])
@@ -92,3 +87,45 @@ def test_bfloat16_is_close_and_keeps_its_dtype(backend: ModuleType) -> None:
     # 2^-8 is bfloat16's rounding: of weights, of the scores' gradients and of the results.
     result = jax.tree.map(lambda x: x.astype(jnp.float32), result)
     chex.assert_trees_all_close(result, expected, atol=4e-2, rtol=4e-2)
+
+
+def test_what_documents_or_causality_rule_out_is_not_computed(backend: ModuleType) -> None:
+    # Documents of 16, 16 and 5: whole blocks, but for the last. Whoever multiplies by what is in
+    # the middle one, be it by a weight of 0, is no number.
+    ids = _segments(*[[16, 16, 5]] * ROWS)
+    poisoned = [x.at[:, 16:32].set(jnp.nan) for x in _inputs()]
+    result = _compiled(backend.KERNELS)(*poisoned, ids)
+    expected = _compiled(None)(*_inputs(), ids)
+    for there in slice(0, 16), slice(32, 37):
+        others = jax.tree.map(lambda x, there=there: x[:, there], (result, expected))
+        chex.assert_trees_all_close(*others, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_tpu_steps_over_the_needed_pairs_alone(by_key: bool) -> None:
+    ids = jnp.pad(jnp.concatenate(list(SEGMENTS.values())), ((0, 0), (0, 3)))
+    needed = needed_blocks(ids, 4)
+    order = attention_tpu.Order(40 // 4, by_key)
+    pairs, count = order.pack(needed)
+    walked = list(zip(*map(np.asarray, order.unpack(pairs[:count])), strict=True))
+    assert walked == sorted(walked, key=lambda pair: (pair[0], pair[1 + by_key], pair[2 - by_key]))
+    assert set(walked) == set(zip(*np.nonzero(np.asarray(needed)), strict=True))
+    assert np.all(pairs[count:] == attention_tpu.END)
+
+
+def test_gpu_steps_from_the_first_needed_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_gpu, "STEP", 4)
+    # Documents of 9, 1 and 22 positions, then 8 of padding.
+    ids = np.repeat([1, 2, 3, 0], [9, 1, 22, 8]).astype(np.int32)[None]
+    assert attention_gpu.first_step(ids, 8).tolist() == [[0, 0, 2, 2, 8]]
+    assert attention_gpu.end_step(ids, 8).tolist() == [[3, 8, 8, 8, 10]]
+
+
+def test_needed_blocks_by_hand() -> None:
+    # Blocks of 4: documents of 4, 4 and 8; one of 16; 6 and 2, and padding as the last document.
+    ids = np.array([[1] * 4 + [2] * 4 + [3] * 8, [1] * 16, [1] * 6 + [2] * 2 + [0] * 8], np.int32)
+    assert needed_blocks(ids, 4).astype(int).tolist() == [
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+    ]
