@@ -297,27 +297,27 @@ def _seen(queries, keys, query_axis):
 
 
 def _parts(dim):
-    """Slices of a head dim whose sizes are powers of two."""
+    """Start and size of each part of a head dim; sizes are powers of two."""
     start = 0
     while start < dim:
         size = 1 << (dim - start).bit_length() - 1
-        yield pl.ds(start, size)
+        yield start, size
         start += size
 
 
 def _load(ref, *where):
     """The parts of the head dim, of all positions or of those at `where`."""
     where = where or (slice(None),)
-    return [ref[*where, part] for part in _parts(ref.shape[-1])]
+    return [ref[*where, pl.ds(*part)] for part in _parts(ref.shape[-1])]
 
 
 def _store(ref, parts):
-    for at, value in zip(_parts(ref.shape[-1]), parts, strict=True):
-        ref[:, at] = value.astype(ref.dtype)
+    for part, value in zip(_parts(ref.shape[-1]), parts, strict=True):
+        ref[:, pl.ds(*part)] = value.astype(ref.dtype)
 
 
 def _zeros(block, ref):
-    return [jnp.zeros((block, part.size), jnp.float32) for part in _parts(ref.shape[-1])]
+    return [jnp.zeros((block, size), jnp.float32) for _, size in _parts(ref.shape[-1])]
 
 
 def _dots(a_parts, b_parts):

@@ -257,7 +257,7 @@ def _backward_dq_kernel(
         sums[...] = jnp.zeros_like(sums)
 
     scores_mn = _scores(q, k, query_ids, key_ids, blocks, scale)
-    _, d_scores_mn = _weights(scores_mn, v, log_normalizers, deltas, d_values)
+    d_scores_mn = _weights(scores_mn, v, log_normalizers, deltas, d_values)[1]
     sums[...] += _dot(k[...], d_scores_mn.astype(k.dtype), 0, 0)
 
     @pl.when(last)
