@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from moe_jax.ops.attention_kernels import LOWEST, Kernels, like, needed_blocks
+from moe_jax.ops.attention_kernels import LOWEST, Kernels, first_key_blocks, last_query_blocks, like
 
 BLOCK = 128
 STEP = 64
@@ -124,16 +124,12 @@ KERNELS = Kernels(block_of, forward, backward)
 
 def first_step(segment_ids_BL: jax.Array, block: int) -> jax.Array:
     """[B, N] int32, the first step over keys that some query of a block needs."""
-    needed_BMM = needed_blocks(segment_ids_BL, STEP)
-    first_BM = jnp.argmax(needed_BMM, axis=2).astype(jnp.int32)
-    return jnp.min(_by_block(first_BM, block), axis=2)
+    return jnp.min(_by_block(first_key_blocks(segment_ids_BL, STEP), block), axis=2)
 
 
 def end_step(segment_ids_BL: jax.Array, block: int) -> jax.Array:
     """[B, N] int32, one behind the last step over queries that needs some key of a block."""
-    needed_BMM = needed_blocks(segment_ids_BL, STEP)
-    behind_BM = jnp.argmax(needed_BMM[:, ::-1], axis=1).astype(jnp.int32)
-    return needed_BMM.shape[1] - jnp.min(_by_block(behind_BM, block), axis=2)
+    return jnp.max(_by_block(last_query_blocks(segment_ids_BL, STEP), block), axis=2) + 1
 
 
 def _by_block(x_BM, block):

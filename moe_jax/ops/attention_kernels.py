@@ -1,6 +1,7 @@
 """What the kernels of attention share: rows of whole blocks, and a gradient of their own.
 
-A kernel sees which pairs of a query block and a key block it has to compute from `needed_blocks`.
+A query block needs a range of key blocks, and a key block one of query blocks, as causality and
+documents have it. Kernels compute these alone.
 
 Shapes: B batch, L length in whole blocks, N blocks of a row, m positions of a block, H query heads,
 G key/value heads, Q query/key head dim, V value head dim.
@@ -51,7 +52,7 @@ def local_attention(
 
 
 def needed_blocks(segment_ids_BL: jax.Array, block: int) -> jax.Array:
-    """[B, N, N] bool: the query block may see the key block, as ranges of segment ids meet.
+    """[B, N, N] bool: a query block may see a key block, as their ranges of segment ids meet.
 
     The diagonal is always needed. Where ids only rise, as those of packed documents do, the key
     blocks that a query block needs have no gap, nor have the query blocks that need a key block.
@@ -63,6 +64,18 @@ def needed_blocks(segment_ids_BL: jax.Array, block: int) -> jax.Array:
     low_BN, high_BN = jnp.min(ids_BNm, axis=-1), jnp.max(ids_BNm, axis=-1)
     meet_BNN = (low_BN[:, :, None] <= high_BN[:, None]) & (low_BN[:, None] <= high_BN[:, :, None])
     return meet_BNN & jnp.tril(jnp.ones(meet_BNN.shape[1:], jnp.bool))
+
+
+def first_key_blocks(segment_ids_BL: jax.Array, block: int) -> jax.Array:
+    """[B, N] int32, the first key block that each query block needs; its own is the last."""
+    return jnp.argmax(needed_blocks(segment_ids_BL, block), axis=2).astype(jnp.int32)
+
+
+def last_query_blocks(segment_ids_BL: jax.Array, block: int) -> jax.Array:
+    """[B, N] int32, the last query block that needs each key block; its own is the first."""
+    needed_BNN = needed_blocks(segment_ids_BL, block)
+    behind_BN = jnp.argmax(needed_BNN[:, ::-1], axis=1).astype(jnp.int32)
+    return needed_BNN.shape[1] - 1 - behind_BN
 
 
 def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

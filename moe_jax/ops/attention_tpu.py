@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.ops.attention_kernels import LOWEST, Kernels, like, needed_blocks
+from moe_jax.ops.attention_kernels import LOWEST, Kernels, first_key_blocks, last_query_blocks, like
 
 BLOCK = 512
 LANES = 128
@@ -43,15 +43,24 @@ class Order(NamedTuple):
     def bits(self) -> int:
         return (self.num_blocks - 1).bit_length()
 
-    def pack(self, needed_BNN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pack(self, segment_ids_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The needed pairs in order, with END behind them, and their number [] int32."""
+        batch, block = segment_ids_BL.shape[0], segment_ids_BL.shape[1] // self.num_blocks
+        # Of each result's block: the first and last of the other side.
+        first_BN = last_BN = jnp.broadcast_to(jnp.arange(self.num_blocks), (batch, self.num_blocks))
         if self.by_key:
-            needed_BNN = jnp.swapaxes(needed_BNN, 1, 2)
-        row, result, other = jnp.indices(needed_BNN.shape, jnp.int32, sparse=True)
-        pairs = (row << self.bits | result) << self.bits | other
-        pairs = jnp.sort(jnp.where(needed_BNN, pairs, END).reshape(-1))
-        most = _most_pairs(needed_BNN.shape[0], self.num_blocks)
-        return jnp.append(pairs[:most], END), jnp.sum(needed_BNN, dtype=jnp.int32)
+            last_BN = last_query_blocks(segment_ids_BL, block)
+        else:
+            first_BN = first_key_blocks(segment_ids_BL, block)
+        first, ends = first_BN.reshape(-1), jnp.cumsum((last_BN + 1 - first_BN).reshape(-1))
+        starts = jnp.pad(ends, (1, 0))[:-1]
+        # Whose range a number falls in, by comparing with all: a TPU's sort takes long to compile.
+        number = jnp.arange(_most_pairs(batch, self.num_blocks) + 1)[:, None]
+        inside = (starts <= number) & (number < ends)
+        row, result = jnp.indices((batch, self.num_blocks), jnp.int32, sparse=True)
+        result = (row << self.bits | result).reshape(-1) << self.bits
+        pairs = jnp.sum(jnp.where(inside, result + first + number - starts, 0), axis=1)
+        return jnp.where(number[:, 0] < ends[-1], pairs, END), ends[-1]
 
     def unpack(self, pair: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Row, query block and key block."""
@@ -153,7 +162,7 @@ def _call(kernel, name, inputs, results, scratch, width, *, scale, block, by_key
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]
     order = Order(length // block, by_key)
-    pairs, count = order.pack(needed_blocks(segment_ids, block))
+    pairs, count = order.pack(segment_ids)
     # A key block's result is the sum over all heads that share it.
     outer, inner = (heads // share, share) if by_key else (heads, 1)
     segment_ids = segment_ids[:, None, None]

@@ -103,13 +103,13 @@ def test_what_documents_or_causality_rule_out_is_not_computed(backend: ModuleTyp
 
 @pytest.mark.parametrize("by_key", [False, True])
 def test_tpu_steps_over_the_needed_pairs_alone(by_key: bool) -> None:
-    ids = jnp.pad(jnp.concatenate(list(SEGMENTS.values())), ((0, 0), (0, 3)))
-    needed = needed_blocks(ids, 4)
-    order = attention_tpu.Order(40 // 4, by_key)
-    pairs, count = order.pack(needed)
-    walked = list(zip(*map(np.asarray, order.unpack(pairs[:count])), strict=True))
+    packed = [SEGMENTS[name] for name in ("long", "short", "padded")]
+    ids = np.pad(np.concatenate(packed), ((0, 0), (0, 3)))
+    order = attention_tpu.Order(10, by_key)
+    pairs, count = map(np.asarray, quick_jit(order.pack)(ids))
+    walked = list(zip(*order.unpack(pairs[:count]), strict=True))
     assert walked == sorted(walked, key=lambda pair: (pair[0], pair[1 + by_key], pair[2 - by_key]))
-    assert set(walked) == set(zip(*np.nonzero(np.asarray(needed)), strict=True))
+    assert set(walked) == set(zip(*np.nonzero(np.asarray(needed_blocks(ids, 4))), strict=True))
     assert np.all(pairs[count:] == attention_tpu.END)
 
 
