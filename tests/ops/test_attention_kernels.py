@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import quick_jit
+from emulated import make_mesh, quick_jit
 from jax.experimental import pallas as pl
 
 from moe_jax.ops import attention_gpu, attention_tpu
-from moe_jax.ops.attention import attention_reference
+from moe_jax.ops.attention import attention, attention_reference
 from moe_jax.ops.attention_kernels import local_attention, needed_blocks
+from moe_jax.sharding import BATCH
 
 SCALE = 0.37
 ROWS, HEADS, GROUPS, QK, V = 3, 4, 2, 24, 16
@@ -119,6 +120,34 @@ def test_gpu_steps_from_the_first_needed_to_the_last(monkeypatch: pytest.MonkeyP
     ids = np.repeat([1, 2, 3, 0], [9, 1, 22, 8]).astype(np.int32)[None]
     assert attention_gpu.first_step(ids, 8).tolist() == [[0, 0, 2, 2, 8]]
     assert attention_gpu.end_step(ids, 8).tolist() == [[3, 8, 8, 8, 10]]
+
+
+def test_gpu_blocks_fit_the_shared_memory() -> None:
+    def block_of(qk, v, dtype):
+        shapes = [jax.ShapeDtypeStruct((1, 512, 1, dim), dtype) for dim in (qk, v)]
+        return attention_gpu.block_of(*shapes)
+
+    assert block_of(192, 128, jnp.bfloat16) == 128
+    assert block_of(192, 128, jnp.float32) == 64
+    assert block_of(256, 256, jnp.bfloat16) == 64
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_gpu_kernels_become_triton_programs_under_explicit_axes() -> None:
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = make_mesh(data=2, expert=4).abstract_mesh.update(abstract_device=gpu)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, ids, SCALE, "gpu").astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        rows = jax.NamedSharding(mesh, BATCH)
+        shapes = [(8, 200, HEADS, 192), (8, 200, GROUPS, 192), (8, 200, GROUPS, 128)]
+        inputs = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=rows) for x in shapes]
+        ids = jax.ShapeDtypeStruct((8, 200), jnp.int32, sharding=rows)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*inputs, ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
 
 
 def test_needed_blocks_by_hand() -> None:
