@@ -326,11 +326,12 @@ def _scores(q, k, query_ids, key_ids, blocks, scale):
     scores_mn = _dot(k[...], q[...], 1, 1) * scale
     query_block, key_block = blocks
     block = q.shape[0]
-    key_places = jax.lax.broadcasted_iota(jnp.int32, scores_mn.shape, 0) + key_block * block
-    query_places = jax.lax.broadcasted_iota(jnp.int32, scores_mn.shape, 1) + query_block * block
-    # Transposed as a whole block of lanes, since a single row is no register.
-    key_ids_m1 = jnp.broadcast_to(key_ids[...], (LANES, block)).T[:, :1]
-    seen_mn = (key_ids_m1 == query_ids[...]) & (key_places <= query_places)
+    key_places_mn = jax.lax.broadcasted_iota(jnp.int32, scores_mn.shape, 0)
+    query_places_1n = jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
+    query_places_1n += (query_block - key_block) * block
+    lanes = min(LANES, block)
+    key_ids_mn = jnp.tile(jnp.broadcast_to(key_ids[...], (lanes, block)).T, (1, block // lanes))
+    seen_mn = (key_ids_mn == query_ids[...]) & (key_places_mn <= query_places_1n)
     return jnp.where(seen_mn, scores_mn, LOWEST)
 
 

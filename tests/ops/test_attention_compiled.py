@@ -14,7 +14,7 @@ from moe_jax.sharding import BATCH, BATCH_AXES, P, make_mesh
 pytestmark = pytest.mark.aot
 
 LAYERS, LENGTH, HEADS, QK, V = 2, 4096, 128, 192, 128
-KERNELS = {"attention_forward", "attention_backward_dq", "attention_backward_dkv"}
+KERNELS = "attention_forward", "attention_backward_dq", "attention_backward_dkv"
 MACHINES = {"v5p:2x2x1": "tpu", "v6e:2x2": "tpu", "tpu7x:2x2x1": "tpu", "h100:1x8": "gpu"}
 PLUGINS = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda13"}
 
@@ -53,7 +53,9 @@ def _compile(machine: str):
 def test_kernels_compile_and_memory_is_linear(machine: str) -> None:
     compiled = _compile(machine)
     text = compiled.as_text()
-    assert {name for name in KERNELS if name in text} == KERNELS
+    calls = [line for line in text.splitlines() if " custom-call(" in line]
+    # Each once: what the forward pass made is kept and not made again.
+    assert [sum(name in line for line in calls) for name in KERNELS] == [1, 1, 1]
     assert f"{LENGTH},{LENGTH}]" not in text
     # All heads' scores in float32 would be 8 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes < HEADS * LENGTH * LENGTH * 4 / 2
