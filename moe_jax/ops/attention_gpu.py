@@ -114,7 +114,7 @@ def backward(
         [(like(q, x.shape, x.dtype), _block(x, block)) for x in (k, v)],
         scale,
         block,
-        share * (2 * dim_q + 2 * dim_v),
+        2 * dim_q + 2 * dim_v,
     )
     return dq_BLHQ[..., :dim_q], dk_BLGQ[..., :dim_q], dv_BLGV[..., :dim_v]
 
@@ -140,11 +140,13 @@ def _call(kernel, name, grid, inputs, results, scale, block, width):
     """Runs a kernel over a grid of blocks, heads and rows.
 
     Args:
-      inputs, results: arrays or types, each with what a program sees of it.
+      inputs: arrays, each with what a program sees of it; the second are the queries.
+      results: types, likewise.
       width: the sum over products of the dim that is not a position, for the estimate.
     """
-    blocks, heads, rows = grid
-    pairs = rows * heads * blocks * (blocks + 1) // 2
+    blocks, _, rows = grid
+    query_heads = inputs[1][0].shape[2]
+    pairs = rows * query_heads * blocks * (blocks + 1) // 2
     return pl.pallas_call(
         functools.partial(kernel, scale=scale),
         name=name,
