@@ -1,0 +1,146 @@
+"""SwiGLU experts by two grouped products, which TPU and GPU have kernels for.
+
+Rows are gathered into slots, and everything between the products is elementwise work on slots. Of
+what lies in slots the first product's result alone is kept for the backward pass, which gathers
+rows again.
+
+Shapes: T rows, K choices per row, E experts, S slots = N tiles, D model dim, F hidden dim of an
+expert, H = 2 F (gate and up side by side), A and B any dims.
+"""
+
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.ops import slots
+from moe_jax.ops.grouped_matmul import Experts, Tiles
+
+
+class RowsTimesWeights(Protocol):
+    """Each tile's rows times its expert's matrix: [S, B] in x's dtype, summed in float32.
+
+    x_SA: [slots, A]; empty slots of used tiles are zero.
+    w_EAB: [experts, A, B] in x's dtype; [experts, B, A] if `transpose_weights`.
+    expert_of_tile_N: [tiles] int32, ascending over the used ones.
+    used: [] int32, tiles in use, the first ones; others are not computed, and nobody reads them.
+    """
+
+    def __call__(
+        self,
+        x_SA: jax.Array,
+        w_EAB: jax.Array,
+        expert_of_tile_N: jax.Array,
+        used: jax.Array,
+        *,
+        transpose_weights: bool = False,
+    ) -> jax.Array: ...
+
+
+class RowsTimesRows(Protocol):
+    """x^T y over each expert's tiles: [E, A, B] float32, or rounded once to x's dtype.
+
+    An expert without tiles gets zeros. Unused tiles may hold anything.
+    """
+
+    def __call__(
+        self,
+        x_SA: jax.Array,
+        y_SB: jax.Array,
+        expert_of_tile_N: jax.Array,
+        used: jax.Array,
+        num_experts: int,
+    ) -> jax.Array: ...
+
+
+class Products(NamedTuple):
+    """What a backend provides."""
+
+    gmm: RowsTimesWeights
+    tgmm: RowsTimesRows
+
+
+class _Layout(NamedTuple):
+    slot_of_TK: jax.Array  # the number of slots: nowhere
+    choice_S: jax.Array  # the number of choices: empty
+    expert_of_tile_N: jax.Array
+    used: jax.Array
+
+
+def swiglu_experts(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts: Experts,
+    tiles: Tiles,
+    num_tiles: int,
+    size: int,
+    products: Products,
+) -> jax.Array:
+    """`grouped_matmul.swiglu_experts` by the products of a backend: [T, D] float32."""
+    num_slots = num_tiles * size
+    slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
+    choice_S = slots.choice_of_slot(slot_of_TK, num_slots)
+    end_E = tiles.first_E + tiles.count_E
+    tile_N1 = jnp.arange(num_tiles)[:, None]
+    expert_of_tile_N = jnp.sum(tile_N1 >= end_E[:-1], axis=1, dtype=jnp.int32)
+    layout = _Layout(slot_of_TK, choice_S, expert_of_tile_N, tiles.used)
+    return _swiglu_experts(x_TD, weights_TK, experts, layout, products)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _swiglu_experts(x_TD, weights_TK, experts, layout, products):
+    return _forward(x_TD, weights_TK, experts, layout, products)[0]
+
+
+def _forward(x_TD, weights_TK, experts, layout, products):
+    gmm = functools.partial(_gmm, layout, products)
+    x_SD, weight_S1 = _rows(x_TD, layout), _weights(weights_TK, layout)
+    # The name lets a rematerialization policy keep it.
+    opened_SH = checkpoint_name(gmm(x_SD, experts.gate_up_EDH), "expert_gate_up")
+    y_SD = gmm(_hidden(opened_SH, weight_S1), experts.down_EFD)
+    kept = x_TD, weights_TK, experts, layout, opened_SH
+    return slots.sum_of_slots(y_SD, layout.slot_of_TK), kept
+
+
+def _backward(products, kept, dy_TD):
+    x_TD, weights_TK, experts, layout, opened_SH = kept
+    gmm = functools.partial(_gmm, layout, products, transpose_weights=True)
+    x_SD, dy_SD = _rows(x_TD, layout), _rows(dy_TD.astype(x_TD.dtype), layout)
+    hidden_SF, pull_back = jax.vjp(_hidden, opened_SH, _weights(weights_TK, layout))
+    dopened_SH, dweight_S1 = pull_back(gmm(dy_SD, experts.down_EFD))
+    dx_SD = gmm(dopened_SH, experts.gate_up_EDH)
+    d_experts = Experts(
+        _tgmm(x_SD, dopened_SH, layout, products, experts.gate_up_EDH),
+        _tgmm(hidden_SF, dy_SD, layout, products, experts.down_EFD),
+    )
+    dx_TD = slots.sum_of_slots(dx_SD, layout.slot_of_TK).astype(x_TD.dtype)
+    dweights_TK = slots.take(dweight_S1[:, 0], layout.slot_of_TK)
+    return dx_TD, dweights_TK, d_experts, None
+
+
+_swiglu_experts.defvjp(_forward, _backward)
+
+
+def _hidden(opened_SH: jax.Array, weight_S1: jax.Array) -> jax.Array:
+    """weight * silu(gate) * up, in float32 inside. The weight's gradient then needs no result."""
+    gate, up = jnp.split(opened_SH.astype(jnp.float32), 2, axis=-1)
+    return (weight_S1 * jax.nn.silu(gate) * up).astype(opened_SH.dtype)
+
+
+def _rows(x_TD: jax.Array, layout: _Layout) -> jax.Array:
+    return slots.take(x_TD, layout.choice_S // layout.slot_of_TK.shape[1])
+
+
+def _weights(weights_TK: jax.Array, layout: _Layout) -> jax.Array:
+    return slots.take(weights_TK.reshape(-1, 1), layout.choice_S)
+
+
+def _gmm(layout, products, x, w, **options):
+    return products.gmm(x, w, layout.expert_of_tile_N, layout.used, **options)
+
+
+def _tgmm(x, y, layout, products, like):
+    gradient = products.tgmm(x, y, layout.expert_of_tile_N, layout.used, len(like))
+    return gradient.astype(like.dtype)
