@@ -22,7 +22,7 @@ from moe_jax.ops.grouped_matmul import Experts, Tiles
 class RowsTimesWeights(Protocol):
     """Each tile's rows times its expert's matrix: [S, B] in x's dtype, summed in float32.
 
-    x_SA: [slots, A]; empty slots of used tiles are zero.
+    x_SA: [slots, A].
     w_EAB: [experts, A, B] in x's dtype; [experts, B, A] if `transpose_weights`.
     expert_of_tile_N: [tiles] int32, ascending over the used ones.
     used: [] int32, tiles in use, the first ones; others are not computed, and nobody reads them.
@@ -40,7 +40,7 @@ class RowsTimesWeights(Protocol):
 
 
 class RowsTimesRows(Protocol):
-    """x^T y over each expert's tiles: [E, A, B] float32, or rounded once to x's dtype.
+    """x^T y over each expert's tiles: [E, A, B] float32.
 
     An expert without tiles gets zeros. Unused tiles may hold anything.
     """
@@ -62,6 +62,15 @@ class Products(NamedTuple):
     tgmm: RowsTimesRows
 
 
+def products_of(backend: str) -> Products:
+    """By the kernels for "tpu" or "gpu", which are imported where they are used."""
+    if backend == "tpu":
+        from moe_jax.ops import grouped_matmul_tpu as kernels
+    else:
+        from moe_jax.ops import grouped_matmul_gpu as kernels
+    return Products(kernels.gmm, kernels.tgmm)
+
+
 class _Layout(NamedTuple):
     slot_of_TK: jax.Array  # the number of slots: nowhere
     choice_S: jax.Array  # the number of choices: empty
@@ -78,7 +87,10 @@ def swiglu_experts(
     size: int,
     products: Products,
 ) -> jax.Array:
-    """`grouped_matmul.swiglu_experts` by the products of a backend: [T, D] float32."""
+    """`grouped_matmul.swiglu_experts` by the products of a backend: [T, D] float32.
+
+    The experts are float32, and so are their gradients, but hold values of x's dtype.
+    """
     num_slots = num_tiles * size
     slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
     choice_S = slots.choice_of_slot(slot_of_TK, num_slots)
@@ -95,6 +107,7 @@ def _swiglu_experts(x_TD, weights_TK, experts, layout, products):
 
 
 def _forward(x_TD, weights_TK, experts, layout, products):
+    experts = jax.tree.map(lambda w: w.astype(x_TD.dtype), experts)
     gmm = functools.partial(_gmm, layout, products)
     x_SD, weight_S1 = _rows(x_TD, layout), _weights(weights_TK, layout)
     # The name lets a rematerialization policy keep it.
@@ -111,10 +124,8 @@ def _backward(products, kept, dy_TD):
     hidden_SF, pull_back = jax.vjp(_hidden, opened_SH, _weights(weights_TK, layout))
     dopened_SH, dweight_S1 = pull_back(gmm(dy_SD, experts.down_EFD))
     dx_SD = gmm(dopened_SH, experts.gate_up_EDH)
-    d_experts = Experts(
-        _tgmm(x_SD, dopened_SH, layout, products, experts.gate_up_EDH),
-        _tgmm(hidden_SF, dy_SD, layout, products, experts.down_EFD),
-    )
+    tgmm = functools.partial(_tgmm, layout, products, len(experts.down_EFD))
+    d_experts = Experts(tgmm(x_SD, dopened_SH), tgmm(hidden_SF, dy_SD))
     dx_TD = slots.sum_of_slots(dx_SD, layout.slot_of_TK).astype(x_TD.dtype)
     dweights_TK = slots.take(dweight_S1[:, 0], layout.slot_of_TK)
     return dx_TD, dweights_TK, d_experts, None
@@ -125,12 +136,17 @@ _swiglu_experts.defvjp(_forward, _backward)
 
 def _hidden(opened_SH: jax.Array, weight_S1: jax.Array) -> jax.Array:
     """weight * silu(gate) * up, in float32 inside. The weight's gradient then needs no result."""
-    gate, up = jnp.split(opened_SH.astype(jnp.float32), 2, axis=-1)
+    # Split before it is widened, or the wide form of all is written out.
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(opened_SH, 2, axis=-1))
     return (weight_S1 * jax.nn.silu(gate) * up).astype(opened_SH.dtype)
 
 
 def _rows(x_TD: jax.Array, layout: _Layout) -> jax.Array:
-    return slots.take(x_TD, layout.choice_S // layout.slot_of_TK.shape[1])
+    """The row of each slot, and any row in an empty one.
+
+    A gate weight of zero keeps empty slots out of all gradients, and zeros would cost a pass more.
+    """
+    return x_TD.at[layout.choice_S // layout.slot_of_TK.shape[1]].get(mode="clip")
 
 
 def _weights(weights_TK: jax.Array, layout: _Layout) -> jax.Array:
@@ -141,6 +157,5 @@ def _gmm(layout, products, x, w, **options):
     return products.gmm(x, w, layout.expert_of_tile_N, layout.used, **options)
 
 
-def _tgmm(x, y, layout, products, like):
-    gradient = products.tgmm(x, y, layout.expert_of_tile_N, layout.used, len(like))
-    return gradient.astype(like.dtype)
+def _tgmm(layout, products, num_experts, x, y):
+    return products.tgmm(x, y, layout.expert_of_tile_N, layout.used, num_experts)
