@@ -9,6 +9,7 @@ expert, H = 2 F (gate and up side by side), A and B any dims.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,7 +17,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import slots
-from moe_jax.ops.grouped_matmul import Experts, Tiles
+from moe_jax.ops.grouped_matmul import Experts, Tiles, make_tiles
+
+# Rows that are summed together, and slots of their tiles.
+SUM_ROWS, SUM_SIZE = 128, 64
 
 
 class RowsTimesWeights(Protocol):
@@ -56,19 +60,28 @@ class RowsTimesRows(Protocol):
 
 
 class Products(NamedTuple):
-    """What a backend provides."""
+    """What a backend provides.
+
+    sum_of_slots: (y_SD, slot_of_TK) to [T, D] float32, as in `slots`.
+    """
 
     gmm: RowsTimesWeights
     tgmm: RowsTimesRows
+    sum_of_slots: Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@functools.cache
 def products_of(backend: str) -> Products:
     """By the kernels for "tpu" or "gpu", which are imported where they are used."""
     if backend == "tpu":
-        from moe_jax.ops import grouped_matmul_tpu as kernels
-    else:
-        from moe_jax.ops import grouped_matmul_gpu as kernels
-    return Products(kernels.gmm, kernels.tgmm)
+        from moe_jax.ops import grouped_matmul_tpu
+
+        gmm, tgmm = grouped_matmul_tpu.gmm, grouped_matmul_tpu.tgmm
+        return Products(gmm, tgmm, functools.partial(sum_by_product, tgmm))
+    from moe_jax.ops import grouped_matmul_gpu
+
+    # XLA for GPUs gathers while it adds up.
+    return Products(grouped_matmul_gpu.gmm, grouped_matmul_gpu.tgmm, slots.sum_of_slots)
 
 
 class _Layout(NamedTuple):
@@ -76,6 +89,16 @@ class _Layout(NamedTuple):
     choice_S: jax.Array  # the number of choices: empty
     expert_of_tile_N: jax.Array
     used: jax.Array
+
+    @classmethod
+    def of(cls, tiles: Tiles, num_tiles: int, size: int) -> "_Layout":
+        num_slots = num_tiles * size
+        slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
+        choice_S = slots.choice_of_slot(slot_of_TK, num_slots)
+        end_E = tiles.first_E + tiles.count_E
+        tile_N1 = jnp.arange(num_tiles)[:, None]
+        expert_of_tile_N = jnp.sum(tile_N1 >= end_E[:-1], axis=1, dtype=jnp.int32)
+        return cls(slot_of_TK, choice_S, expert_of_tile_N, tiles.used)
 
 
 def swiglu_experts(
@@ -91,13 +114,7 @@ def swiglu_experts(
 
     The experts are float32, and so are their gradients, but hold values of x's dtype.
     """
-    num_slots = num_tiles * size
-    slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
-    choice_S = slots.choice_of_slot(slot_of_TK, num_slots)
-    end_E = tiles.first_E + tiles.count_E
-    tile_N1 = jnp.arange(num_tiles)[:, None]
-    expert_of_tile_N = jnp.sum(tile_N1 >= end_E[:-1], axis=1, dtype=jnp.int32)
-    layout = _Layout(slot_of_TK, choice_S, expert_of_tile_N, tiles.used)
+    layout = _Layout.of(tiles, num_tiles, size)
     return _swiglu_experts(x_TD, weights_TK, experts, layout, products)
 
 
@@ -114,7 +131,7 @@ def _forward(x_TD, weights_TK, experts, layout, products):
     opened_SH = checkpoint_name(gmm(x_SD, experts.gate_up_EDH), "expert_gate_up")
     y_SD = gmm(_hidden(opened_SH, weight_S1), experts.down_EFD)
     kept = x_TD, weights_TK, experts, layout, opened_SH
-    return slots.sum_of_slots(y_SD, layout.slot_of_TK), kept
+    return products.sum_of_slots(y_SD, layout.slot_of_TK), kept
 
 
 def _backward(products, kept, dy_TD):
@@ -126,7 +143,7 @@ def _backward(products, kept, dy_TD):
     dx_SD = gmm(dopened_SH, experts.gate_up_EDH)
     tgmm = functools.partial(_tgmm, layout, products, len(experts.down_EFD))
     d_experts = Experts(tgmm(x_SD, dopened_SH), tgmm(hidden_SF, dy_SD))
-    dx_TD = slots.sum_of_slots(dx_SD, layout.slot_of_TK).astype(x_TD.dtype)
+    dx_TD = products.sum_of_slots(dx_SD, layout.slot_of_TK).astype(x_TD.dtype)
     dweights_TK = slots.take(dweight_S1[:, 0], layout.slot_of_TK)
     return dx_TD, dweights_TK, d_experts, None
 
@@ -159,3 +176,24 @@ def _gmm(layout, products, x, w, **options):
 
 def _tgmm(layout, products, num_experts, x, y):
     return products.tgmm(x, y, layout.expert_of_tile_N, layout.used, num_experts)
+
+
+def sum_by_product(tgmm: RowsTimesRows, y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
+    """`slots.sum_of_slots` as a grouped product with ones: [T, D] float32.
+
+    A gather of every choice of a row would write T * K rows, most of them for choices that are on
+    other devices. Here the choices of each block of rows are gathered into tiles of their own.
+    """
+    (rows, top_k), num_slots = slot_of_TK.shape, len(y_SD)
+    blocks = -(-rows // SUM_ROWS)
+    block_T1 = jnp.arange(rows, dtype=jnp.int32)[:, None] // SUM_ROWS
+    block_TK = jnp.where(slot_of_TK < num_slots, block_T1, -1)
+    num_tiles = min(num_slots, slot_of_TK.size) // SUM_SIZE + blocks
+    layout = _Layout.of(make_tiles(block_TK, blocks, SUM_SIZE), num_tiles, SUM_SIZE)
+    filled_S = layout.choice_S < slot_of_TK.size
+    # Empty slots get what is in slot 0, which is a number: nobody wrote what is in unused tiles.
+    gathered_SD = y_SD.at[slots.take(slot_of_TK.reshape(-1), layout.choice_S)].get(mode="clip")
+    row_S = jnp.where(filled_S, layout.choice_S // top_k % SUM_ROWS, -1)
+    ones_SR = (row_S[:, None] == jnp.arange(SUM_ROWS)).astype(y_SD.dtype)
+    sum_BRD = tgmm(ones_SR, gathered_SD, layout.expert_of_tile_N, layout.used, blocks)
+    return sum_BRD.reshape(blocks * SUM_ROWS, -1)[:rows]

@@ -105,9 +105,11 @@ def gmm(
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * slots * dim_a * dim_b, bytes_accessed=traffic(a, b), transcendentals=0
+            flops=2 * slots * dim_a * _covered(dim_b, b),
+            bytes_accessed=traffic(a, b),
+            transcendentals=0,
         ),
-        name="grouped_matmul" + "_transposed_weights" * transpose_weights,
+        name="grouped_matmul",
         interpret=interpret,
     )(expert_of_tile_N, used.reshape(1), x_SA, w_EAB)
 
@@ -174,9 +176,11 @@ def tgmm(
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * slots * dim_a * dim_b, bytes_accessed=traffic(a, b), transcendentals=0
+            flops=2 * slots * _covered(dim_a, a) * _covered(dim_b, b),
+            bytes_accessed=traffic(a, b),
+            transcendentals=0,
         ),
-        name="grouped_matmul_transposed",
+        name="grouped_matmul_weights",
         interpret=interpret,
     )(*visits, x_SA, y_SB)
 
@@ -230,9 +234,15 @@ def _block_sizes(dim: int) -> list[int]:
     return sorted({min(dim, 128 * pl.cdiv(dim, 128 * parts)) for parts in lanes})
 
 
+def _covered(dim: int, block: int) -> int:
+    return pl.cdiv(dim, block) * block
+
+
 def _dot(x: jax.Array, y: jax.Array, dim_x: int, dim_y: int) -> jax.Array:
+    """Summed over these dims, in float32. Float32 factors are not narrowed, as they would be."""
     dims = (((dim_x,), (dim_y,)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
 
 
 def _result(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

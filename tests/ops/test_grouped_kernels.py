@@ -1,7 +1,7 @@
 """SwiGLU experts by grouped products: the TPU's kernels, interpreted, against the dense loop."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -11,117 +11,197 @@ import pytest
 from emulated import make_mesh, quick_jit
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.ops import dispatch, grouped_kernels, grouped_matmul, grouped_matmul_tpu
+from moe_jax.ops import dispatch, grouped_kernels, grouped_matmul, grouped_matmul_tpu, slots
 from moe_jax.ops.grouped_kernels import Products
 from moe_jax.ops.grouped_matmul import Experts
-from moe_jax.sharding import P
+from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
-SIZE = 8
+ROWS, TOP_K, EXPERTS, DIM, HIDDEN, SIZE = 40, 2, 5, 6, 4, 8
 
 
-def _interpreted(interpret) -> Products:
-    kernels = grouped_matmul_tpu.gmm, grouped_matmul_tpu.tgmm
-    return Products(*(functools.partial(kernel, interpret=interpret) for kernel in kernels))
+def _interpreted(interpret: Any) -> Products:
+    gmm = functools.partial(grouped_matmul_tpu.gmm, interpret=interpret)
+    tgmm = functools.partial(grouped_matmul_tpu.tgmm, interpret=interpret)
+    return Products(gmm, tgmm, functools.partial(grouped_kernels.sum_by_product, tgmm))
 
 
 PRODUCTS = _interpreted(True)
 
 
-class Case(NamedTuple):
-    """Ids by row, and the shape of the experts."""
-
-    ids_TK: np.ndarray
-    num_experts: int
-    dim: int = 6
-    hidden: int = 5
+def _random(low: int = 0, high: int = EXPERTS, rows: int = ROWS) -> np.ndarray:
+    rng = np.random.default_rng(rows + high)
+    return np.stack([low + rng.permutation(high - low)[:TOP_K] for _ in range(rows)])
 
 
-def _random(rows: int, num_experts: int, top_k: int) -> np.ndarray:
-    rng = np.random.default_rng(rows)
-    return np.stack([rng.permutation(num_experts)[:top_k] for _ in range(rows)])
-
-
-CASES = {
-    "random": Case(_random(40, 5, 2), 5),
-    "an expert without rows": Case(np.where(_random(40, 5, 2) == 2, -1, _random(40, 5, 2)), 5),
-    "one expert takes all": Case(np.tile([3, 5], (40, 1)), 5),
-    "the first and the last without rows": Case(1 + _random(40, 3, 2), 5),
-    "nothing": Case(np.full((40, 2), -1), 5),
-    "whole tiles": Case(np.repeat(np.arange(4), 2 * SIZE)[:, None], 4),
-    "more experts than rows": Case(_random(3, 16, 2), 16),
-    "the same expert twice": Case(np.tile([2, 2], (11, 1)), 5),
-    "one row": Case(np.array([[1, 0]]), 2),
-    "several blocks, the last of them cut": Case(_random(24, 3, 2), 3, 384, 128),
+ROUTINGS = {
+    "random": _random(),
+    "an expert without rows": np.where(_random() == 2, -1, _random()),
+    "neither the first nor the last": _random(1, EXPERTS - 1),
+    "one expert takes all": np.tile([3, EXPERTS], (ROWS, 1)),
+    "both choices are one expert": np.tile([4, 4], (ROWS, 1)),
+    "whole tiles": np.repeat(np.arange(EXPERTS), 2 * SIZE).reshape(ROWS, TOP_K),
+    "a single choice": np.where(np.arange(ROWS * TOP_K).reshape(ROWS, TOP_K) == 33, 1, -1),
+    "nothing": np.full((ROWS, TOP_K), -1),
 }
 
 
-def _inputs(case: Case, dtype: str):
+class Inputs(NamedTuple):
+    x: jax.Array
+    weights: jax.Array
+    experts: Experts
+
+
+def _inputs(rows: int, experts: int, dim: int, hidden: int, dtype: str) -> Inputs:
+    """The weights of experts are float32 of values that `dtype` holds."""
     rng = np.random.default_rng(9)
 
-    def normal(*shape: int) -> np.ndarray:
-        values = rng.normal(size=shape) / np.sqrt(shape[-2])
-        return values.astype(dtype).astype(np.float32)
+    def normal(scale: float, *shape: int) -> np.ndarray:
+        return (scale * rng.normal(size=shape)).astype(dtype)
 
-    rows = case.ids_TK.shape
-    x = normal(1, rows[0], case.dim)[0].astype(dtype) * np.sqrt(rows[0]).astype(dtype)
-    weights = rng.uniform(0.2, 1.5, rows).astype(np.float32)
-    experts = Experts(
-        normal(case.num_experts, case.dim, 2 * case.hidden),
-        normal(case.num_experts, case.hidden, case.dim),
+    weights = Experts(
+        normal(dim**-0.5, experts, dim, 2 * hidden), normal(hidden**-0.5, experts, hidden, dim)
     )
-    direction = rng.normal(size=x.shape).astype(np.float32)
-    return x, weights, experts, direction
+    return Inputs(
+        normal(1, rows, dim),
+        rng.uniform(0.2, 1.5, (rows, TOP_K)).astype(np.float32),
+        jax.tree.map(lambda w: w.astype(np.float32), weights),
+    )
 
 
-@functools.partial(quick_jit, static_argnames=("num_experts", "products", "spare_tiles"))
-def _by_kernels(x, weights, experts, direction, ids, *, num_experts, products, spare_tiles=0):
+def _with_gradients(function, inputs: Inputs):
+    """Of a sum with random weights."""
+    direction = np.random.default_rng(1).normal(size=inputs.x.shape)
+
+    def loss(inputs):
+        y = function(inputs)
+        return jnp.sum(y * direction.astype(np.float32)), y
+
+    gradients, y = jax.grad(loss, has_aux=True)(inputs)
+    return y, gradients
+
+
+@functools.partial(quick_jit, static_argnums=(2, 3))
+def _by_kernels(inputs, ids, products: Products, spare_tiles: int = 0):
+    num_experts = len(inputs.experts.down_EFD)
     num_tiles = ids.size // SIZE + min(ids.size, num_experts) + spare_tiles
     tiles = grouped_matmul.make_tiles(ids, num_experts, SIZE)
 
-    def loss(x, weights, experts):
-        y = grouped_kernels.swiglu_experts(
-            x, weights, experts, tiles, num_tiles, SIZE, products
-        )
-        return jnp.sum(y * direction), y
+    def function(inputs):
+        return grouped_kernels.swiglu_experts(*inputs, tiles, num_tiles, SIZE, products)
 
-    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weights, experts)
+    return _with_gradients(function, inputs)
 
 
 @quick_jit
-def _by_reference(x, weights, experts, direction, ids):
-    def loss(x, weights, experts):
-        y = dispatch.experts_reference(x, weights, ids, experts)
-        return jnp.sum(y * direction), y
+def _by_reference(inputs, ids):
+    def function(inputs):
+        return dispatch.experts_reference(inputs.x, inputs.weights, ids, inputs.experts)
 
-    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weights, experts)
+    return _with_gradients(function, inputs)
 
 
-def _check(case: Case, dtype: str, **options) -> None:
-    x, weights, experts, direction = _inputs(case, dtype)
-    ids = case.ids_TK.astype(np.int32)
-    gradients, y = _by_kernels(
-        x, weights, experts, direction, ids, num_experts=case.num_experts, **options
-    )
-    wide = x.astype(np.float32)
-    expected_gradients, expected_y = _by_reference(wide, weights, experts, direction, ids)
-    assert gradients[0].dtype == dtype
-    chex.assert_type([y, *jax.tree.leaves(gradients[1:])], jnp.float32)
-    got = y, gradients[0].astype(jnp.float32), *gradients[1:]
-    for ours, theirs in zip(
-        jax.tree.leaves(got), jax.tree.leaves((expected_y, *expected_gradients)), strict=True
-    ):
-        scale = max(1.0, np.max(np.abs(theirs)))
-        tolerance = 1e-5 if dtype == "float32" else 2e-2
-        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=tolerance)
+def _check_close(ours, theirs, tolerance: float) -> None:
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(1.0, np.max(np.abs(their)))
+        np.testing.assert_allclose(np.asarray(our, np.float32), their, atol=tolerance * scale)
+
+
+def _check(inputs: Inputs, ids: np.ndarray, *, products=PRODUCTS, spare_tiles: int = 0) -> None:
+    ids = ids.astype(np.int32)
+    y, gradients = _by_kernels(inputs, ids, products, spare_tiles)
+    expected = _by_reference(inputs._replace(x=inputs.x.astype(np.float32)), ids)
+    assert gradients.x.dtype == inputs.x.dtype
+    chex.assert_type(jax.tree.leaves((y, gradients.weights, gradients.experts)), jnp.float32)
+    _check_close((y, gradients), expected, 1e-5 if inputs.x.dtype == np.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ROUTINGS)
 def test_equals_the_dense_loop(name: str, dtype: str) -> None:
-    _check(CASES[name], dtype, products=PRODUCTS)
+    _check(_inputs(ROWS, EXPERTS, DIM, HIDDEN, dtype), ROUTINGS[name])
 
 
-def test_spare_tiles_and_stale_memory_change_nothing() -> None:
-    """In the simulator, memory that nobody wrote is NaN, and a block written twice is an error."""
+def test_more_experts_than_rows() -> None:
+    _check(_inputs(3, 16, DIM, HIDDEN, "float32"), _random(high=16, rows=3))
+
+
+@pytest.mark.parametrize("limit", [None, 200_000])
+def test_several_blocks(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """384 columns in two blocks, of which the last is cut, and sums in one block or several."""
+    if limit:
+        monkeypatch.setattr(grouped_matmul_tpu, "VMEM_OF_BLOCKS", limit)
+    _by_kernels.clear_cache()
+    _check(_inputs(24, 3, 384, 192, "bfloat16"), _random(high=3, rows=24))
+
+
+def test_unwritten_memory_changes_nothing() -> None:
+    """In the simulator it is NaN, and to write a block twice is an error."""
+    inputs = _inputs(ROWS, EXPERTS, DIM, HIDDEN, "float32")
     simulated = _interpreted(pltpu.InterpretParams())
-    _check(CASES["an expert without rows"], "float32", products=simulated, spare_tiles=4)
+    _check(inputs, ROUTINGS["an expert without rows"], products=simulated, spare_tiles=4)
+
+
+@pytest.mark.parametrize("nowhere", [0.0, 0.7, 1.0])
+def test_sum_by_product(nowhere: float) -> None:
+    """Over several blocks of rows."""
+    rng = np.random.default_rng(0)
+    rows, num_slots = 300, 700
+    slot_of = rng.permutation(num_slots)[: rows * TOP_K].reshape(rows, TOP_K)
+    slot_of = np.where(rng.random(slot_of.shape) < nowhere, num_slots, slot_of).astype(np.int32)
+    y = rng.normal(size=(num_slots, DIM)).astype(np.float32)
+    expected = slots.sum_of_slots(jnp.asarray(y), jnp.asarray(slot_of))
+    got = quick_jit(PRODUCTS.sum_of_slots)(y, slot_of)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_in_rounds_of_rematerialized_layers_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices, two scanned layers, and so small buffers that the while_loop runs."""
+    kernels = functools.partial(grouped_kernels.swiglu_experts, products=PRODUCTS)
+    monkeypatch.setattr(grouped_matmul, "swiglu_experts", kernels)
+    mesh = make_mesh(expert=2)
+    inputs, ids = _inputs(ROWS, 4, DIM, HIDDEN, "float32"), _random(high=4).astype(np.int32)
+    balanced = dispatch.Balanced(ROWS // 2, TOP_K, 4, 0.5)
+    varying = ("data", "fsdp")
+
+    def region(x, weights, ids, experts):
+        local = jax.tree.map(lambda w: jax.lax.pcast(w, varying, to="varying"), experts)
+
+        @jax.checkpoint
+        def layer(x, _):
+            y, rounds = dispatch.apply_experts(
+                x,
+                weights,
+                ids,
+                local,
+                balanced,
+                axes=EXPERT_AXES,
+                all_axes=BATCH_AXES,
+                combine_dtype=jnp.dtype("float32"),
+            )
+            return x + y, rounds
+
+        return jax.lax.scan(layer, x, length=2)
+
+    in_specs = BATCH, BATCH, BATCH, Experts(*[P(EXPERT_AXES)] * 2)
+    mapped = jax.shard_map(region, in_specs=in_specs, out_specs=(BATCH, P()))
+
+    @quick_jit
+    def run(inputs, ids):
+        y, gradients = _with_gradients(lambda i: mapped(i.x, i.weights, ids, i.experts)[0], inputs)
+        return y, gradients, mapped(inputs.x, inputs.weights, ids, inputs.experts)[1]
+
+    def reference(inputs):
+        x = inputs.x
+        for _ in range(2):
+            x += dispatch.experts_reference(x, inputs.weights, ids, inputs.experts)
+        return x
+
+    with jax.set_mesh(mesh):
+        specs = Inputs(BATCH, BATCH, in_specs[-1]), BATCH
+        placed = jax.device_put(
+            (inputs, ids), jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+        )
+        y, gradients, rounds = jax.tree.map(np.asarray, run(*placed))
+    assert np.min(rounds) > 1
+    expected = quick_jit(functools.partial(_with_gradients, reference))(inputs)
+    _check_close((y, gradients), expected, 1e-5)
