@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 # What blocks may take of the VMEM of one core: 64 MiB on v5p and v7x, 128 MiB on v5e and v6e.
-VMEM_OF_BLOCKS = 44 * 2**20
+VMEM_OF_BLOCKS = 48 * 2**20
 VMEM_LIMIT = 60 * 2**20
 # In the time that a byte takes from HBM: 166 on v5p, 312 on v7x, 560 on v6e.
 OPERATIONS_OF_BYTE = 560
@@ -48,15 +48,16 @@ def gmm(
     dim_b = w_EAB.shape[1 if transpose_weights else 2]
     item = x_SA.dtype.itemsize
 
-    def vmem(a, b):  # inputs and result in pairs, sums, a product
-        return 2 * item * (size * a + a * b + size * b) + 2 * 4 * size * b
+    def vmem(a, b):  # the next blocks are loaded beside those in use
+        return 2 * item * (size * a + a * b + size * b) + 4 * size * b
 
     def traffic(a, b):
         loads = num_experts if a == dim_a else num_tiles
         return item * (slots * dim_a * pl.cdiv(dim_b, b) + (loads * dim_a + slots) * dim_b)
 
-    sizes_a = [a for a in _block_sizes(dim_a) if dim_a % a == 0]
-    a, b = _blocks(sizes_a, dim_b, 2 * slots * dim_a, vmem, traffic)
+    # Summed whole, or in steps so long that adding up takes little.
+    sizes_a = [a for a in _block_sizes(dim_a) if dim_a % a == 0 and a >= min(dim_a, 512)]
+    a, b = _blocks(x_SA.shape, dim_b, sizes_a, vmem, traffic)
     steps_a = dim_a // a
 
     # A skipped step stays where the last one was.
@@ -137,13 +138,13 @@ def tgmm(
     item = x_SA.dtype.itemsize
 
     def vmem(a, b):
-        return 2 * item * size * (a + b) + 3 * 4 * a * b
+        return 2 * item * size * (a + b) + 2 * 4 * a * b
 
     def traffic(a, b):
         reads = slots * dim_a * pl.cdiv(dim_b, b) + slots * dim_b * pl.cdiv(dim_a, a)
         return item * reads + 4 * num_experts * dim_a * dim_b
 
-    a, b = _blocks(_block_sizes(dim_a), dim_b, 2 * slots * dim_a, vmem, traffic)
+    a, b = _blocks(x_SA.shape, dim_b, _block_sizes(dim_a), vmem, traffic)
     visits = _visits(expert_of_tile_N, used, num_experts)
 
     def kernel(expert_ref, tile_ref, empty_ref, x_ref, y_ref, sum_ref):
@@ -207,9 +208,9 @@ def _visits(
 
 
 def _blocks(
-    sizes_a: list[int],
+    shape_SA: tuple[int, ...],
     dim_b: int,
-    operations_of_column: int,
+    sizes_a: list[int],
     vmem: Callable[[int, int], int],
     traffic: Callable[[int, int], int],
 ) -> tuple[int, int]:
@@ -218,11 +219,13 @@ def _blocks(
     They cost operations or traffic, whichever takes longer. The two cores of a v5p share the
     blocks of B, so that an odd one takes the time of two.
     """
+    slots, dim_a = shape_SA
 
     def cost(blocks):
-        columns = 2 * pl.cdiv(dim_b, 2 * blocks[1]) * blocks[1]
-        bytes_moved = traffic(*blocks)
-        return max(operations_of_column * columns, OPERATIONS_OF_BYTE * bytes_moved), bytes_moved
+        a, b = blocks
+        operations = 2 * slots * _covered(dim_a, a) * _covered(dim_b, 2 * b)
+        moved = traffic(a, b)
+        return max(operations, OPERATIONS_OF_BYTE * moved), moved, -a
 
     pairs = itertools.product(sizes_a, _block_sizes(dim_b))
     return min((blocks for blocks in pairs if vmem(*blocks) <= VMEM_OF_BLOCKS), key=cost)
@@ -239,10 +242,9 @@ def _covered(dim: int, block: int) -> int:
 
 
 def _dot(x: jax.Array, y: jax.Array, dim_x: int, dim_y: int) -> jax.Array:
-    """Summed over these dims, in float32. Float32 factors are not narrowed, as they would be."""
+    """Summed over these dims, in float32."""
     dims = (((dim_x,), (dim_y,)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 def _result(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
