@@ -192,7 +192,8 @@ def _visits(
     """Expert and tile of each visit, and whether it is empty: [N + E] int32 each.
 
     An expert is visited once for each of its tiles, and once if it has none, so that zeros are
-    written. An empty visit stays at the tile of the one before; those left over, at the last expert.
+    written. An empty visit stays at the tile of the one before, and those left over at the last
+    expert.
     """
     num_tiles = len(expert_of_tile_N)
     in_use_N1 = jnp.arange(num_tiles)[:, None] < used
