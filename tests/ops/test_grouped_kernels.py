@@ -70,7 +70,7 @@ def _inputs(rows: int, experts: int, dim: int, hidden: int, dtype: str) -> Input
 
 def _with_gradients(function, inputs: Inputs, has_aux: bool = False):
     """function(inputs) and the gradients of its sum with random weights."""
-    direction = np.random.default_rng(1).normal(size=inputs.x.shape).astype(np.float32)
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=inputs.x.shape), jnp.float32)
     y, pull_back, *aux = jax.vjp(function, inputs, has_aux=has_aux)
     return y, pull_back(direction)[0], *aux
 
