@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILE_SIZE = 128  # slots of a tile: the rows of one block
 # A block of the result: the L2 cache could not feed the tensor cores for much smaller ones.
 ROWS, COLUMNS = TILE_SIZE, 256
-SUMMED = 64  # summed in one step: 128 bytes, the widest row that shared memory swizzles
+SUMMED = 64  # summed in one step: 128 bytes of a row
 STEPS_AHEAD = 4  # as many pairs of blocks fit in shared memory, and the results on their way out
 MULTIPLIERS = 2  # warp groups
 ROWS_EACH = ROWS // MULTIPLIERS
@@ -47,7 +47,7 @@ def gmm(
     """Each tile's rows times the matrix of its expert: [S, B] in x's dtype, summed in float32.
 
     Args:
-      x_SA: [slots, A] bfloat16 or float16, TILE_SIZE slots a tile.
+      x_SA: [slots, A] bfloat16, TILE_SIZE slots a tile.
       w_EAB: [experts, A, B], or [experts, B, A] with `transpose_weights`; in x's dtype.
       expert_of_tile_N: [tiles] int32.
       used: [] int32, the tiles to compute; rows of others keep what was in memory.
@@ -55,6 +55,7 @@ def gmm(
       programs: that share the blocks out.
     """
     num_slots, num_summed = x_SA.shape
+    assert num_slots == len(expert_of_tile_N) * TILE_SIZE, (num_slots, len(expert_of_tile_N))
     num_columns = w_EAB.shape[1 if transpose_weights else 2]
     column_blocks = pl.cdiv(num_columns, COLUMNS)
 
@@ -84,7 +85,7 @@ def gmm(
         grouped_matmul,
         (expert_of_tile_N, used[None], x_SA, w_EAB),
         blocks=((ROWS, SUMMED), w_block),
-        shape=(num_slots, num_columns),
+        out=((num_slots, num_columns), x_SA.dtype),
         interpret=interpret,
         programs=programs,
     )
@@ -100,18 +101,18 @@ def tgmm(
     interpret: Any = None,
     programs: int = PROGRAMS,
 ) -> jax.Array:
-    """The sum over an expert's rows of x^T y: [E, A, B] in x's dtype, summed in float32.
-
-    An expert without tiles gets zeros.
+    """The sum over an expert's rows of x^T y: [E, A, B] float32; zeros for one without tiles.
 
     Args:
-      x_SA: [slots, A] bfloat16 or float16, TILE_SIZE slots a tile.
+      x_SA: [slots, A] bfloat16, TILE_SIZE slots a tile.
       y_SB: [slots, B], in x's dtype.
       expert_of_tile_N: [tiles] int32, ascending over the used ones.
       used: [] int32, the tiles that count; rows of others are not read.
       interpret, programs: as in `gmm`.
     """
-    num_rows, num_columns = x_SA.shape[1], y_SB.shape[1]
+    num_slots, num_rows = x_SA.shape
+    assert num_slots == len(expert_of_tile_N) * TILE_SIZE, (num_slots, len(expert_of_tile_N))
+    num_columns = y_SB.shape[1]
     row_blocks, column_blocks = pl.cdiv(num_rows, ROWS), pl.cdiv(num_columns, COLUMNS)
     of_one_expert = row_blocks * column_blocks
     here_NE = expert_of_tile_N[:, None] == jnp.arange(num_experts)
@@ -142,7 +143,7 @@ def tgmm(
         grouped_matmul_weights,
         (first_E, count_E, x_SA, y_SB),
         blocks=((SUMMED, ROWS), (SUMMED, COLUMNS)),
-        shape=(num_experts, num_rows, num_columns),
+        out=((num_experts, num_rows, num_columns), jnp.float32),
         interpret=interpret,
         programs=programs,
     )
@@ -228,8 +229,9 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
 
             total = pl.run_scoped(sum_of_steps, plgpu.ACC((ROWS_EACH, COLUMNS), jnp.float32))
             total = total.astype(out_buffer.dtype)
-            for i, start in enumerate(range(0, COLUMNS, SUMMED)):
-                part = slice(start, start + SUMMED)
+            width = out_buffer.shape[-1]
+            for i, start in enumerate(range(0, COLUMNS, width)):
+                part = slice(start, start + width)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last but one has left
                 out_buffer[group, i % 2] = total[:, part]
                 plgpu.commit_smem()
@@ -238,17 +240,20 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
         plgpu.wait_smem_to_gmem(0)
 
 
-def _call(body, inputs, *, blocks, shape, interpret, programs):
-    """The kernel on these inputs; its result varies over the mesh as they do together."""
-    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    inputs = [_vary(x, varying) for x in inputs]
-    dtype, varies = inputs[-1].dtype, jax.typeof(inputs[-1]).manual_axis_type
+def _call(body, inputs, *, blocks, out, interpret, programs):
+    """The kernel on these inputs; its result varies over the mesh as they do together.
+
+    Args:
+      blocks: shapes of both operands' blocks.
+      out: shape and dtype of the result.
+    """
+    dtype = inputs[-1].dtype
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies),
+        out_type=jax.ShapeDtypeStruct(*out),
         scratch_types=[
             *(_buffer((STEPS_AHEAD, *block), dtype) for block in blocks),
-            _buffer((MULTIPLIERS, 2, ROWS_EACH, SUMMED), dtype),
+            _buffer((MULTIPLIERS, 2, ROWS_EACH, _swizzled(out[1])), out[1]),
             plgpu.Barrier(num_arrivals=2, num_barriers=STEPS_AHEAD),
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=STEPS_AHEAD),
         ],
@@ -256,23 +261,24 @@ def _call(body, inputs, *, blocks, shape, interpret, programs):
         grid_names=("program",),
         num_threads=MULTIPLIERS + 1,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return kernel(*inputs)
-
-
-def _vary(x, varying):
-    missing = tuple(varying - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    # JAX does not track what varies through such a kernel.
+    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    result = kernel(*inputs)
+    return jax.lax.pcast(result, tuple(sorted(varying)), to="varying") if varying else result
 
 
 def _buffer(shape, dtype):
-    """In shared memory, laid out as the tensor cores read and write it without conflicts."""
-    transforms = plgpu.TilingTransform((8, SUMMED)), plgpu.SwizzleTransform(128)
+    """In shared memory, laid out so that tensor cores and copies meet no bank conflicts."""
+    transforms = plgpu.TilingTransform((8, _swizzled(dtype))), plgpu.SwizzleTransform(128)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _swizzled(dtype):
+    """Elements of the widest row that shared memory swizzles, 128 bytes."""
+    return 128 // jnp.dtype(dtype).itemsize
 
 
 def _place(index, row_blocks, column_blocks):

@@ -1,0 +1,131 @@
+"""The GPU's grouped products: interpreted on the CPU, lowered, and compiled for H100s."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.ops import grouped_matmul_gpu
+from moe_jax.ops.grouped_matmul_gpu import TILE_SIZE, gmm, tgmm
+
+EXPERTS, TILES = 3, 4
+# No block divides them; two blocks of columns, two steps of a sum.
+DIM_A, DIM_B = 72, 264
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """gmm, gmm with transposed weights, and tgmm on the CPU, by two programs."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} cannot interpret kernels with transposed operands")
+    options = {"interpret": plgpu.InterpretGPUParams(), "programs": 2}
+    return (
+        jax.jit(lambda *args: gmm(*args, **options)),
+        jax.jit(lambda *args: gmm(*args, transpose_weights=True, **options)),
+        jax.jit(lambda *args: tgmm(*args, EXPERTS, **options)),
+    )
+
+
+# Tiles of each expert: some empty, one that has all, none at all.
+@pytest.mark.parametrize("tiles_of_expert", [(2, 0, 1), (0, 4, 0), (0, 0, 0)])
+def test_products_are_those_of_each_tile_and_expert(interpreted, tiles_of_expert):
+    forward, transposed, weights = interpreted
+    used = sum(tiles_of_expert)
+    expert_of_tile = np.full(TILES, EXPERTS - 1, np.int32)
+    expert_of_tile[:used] = np.repeat(np.arange(EXPERTS), tiles_of_expert)
+    rng = np.random.default_rng(0)
+    # Whole numbers: sums are exact in whatever order.
+    x_SA = rng.integers(-4, 5, (TILES * TILE_SIZE, DIM_A)).astype(np.float32)
+    y_SB = rng.integers(-4, 5, (TILES * TILE_SIZE, DIM_B)).astype(np.float32)
+    w_EAB = rng.integers(-4, 5, (EXPERTS, DIM_A, DIM_B)).astype(np.float32)
+    live = used * TILE_SIZE
+    want_SB, want_EAB = np.zeros_like(y_SB), np.zeros_like(w_EAB)
+    for tile, expert in enumerate(expert_of_tile[:used]):
+        rows = slice(tile * TILE_SIZE, (tile + 1) * TILE_SIZE)
+        want_SB[rows] = x_SA[rows] @ w_EAB[expert]
+        want_EAB[expert] += x_SA[rows].T @ y_SB[rows]
+    x_SA[live:] = y_SB[live:] = np.nan
+
+    x, y, w = (jnp.asarray(value, jnp.bfloat16) for value in (x_SA, y_SB, w_EAB))
+    for got in (
+        forward(x, w, expert_of_tile, jnp.int32(used)),
+        transposed(x, w.swapaxes(1, 2), expert_of_tile, jnp.int32(used)),
+    ):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got[:live], jnp.asarray(want_SB[:live], jnp.bfloat16))
+    np.testing.assert_array_equal(weights(x, y, expert_of_tile, jnp.int32(used)), want_EAB)
+
+
+def test_tiles_of_another_size_are_refused():
+    x = jax.ShapeDtypeStruct((4 * 64, 128), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((EXPERTS, 128, 128), jnp.bfloat16)
+    tiles, used = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    with pytest.raises(AssertionError, match="256"):
+        jax.eval_shape(gmm, x, w, tiles, used)
+
+
+@jax.custom_vjp
+def product(x, w, expert_of_tile, used):
+    return gmm(x, w, expert_of_tile, used)
+
+
+def product_backward(kept, dy):
+    x, w, *where = kept
+    dx = gmm(dy, w, *where, transpose_weights=True)
+    return dx, tgmm(x, dy, *where, len(w)).astype(w.dtype), None, None
+
+
+product.defvjp(lambda *args: (product(*args), args), product_backward)
+
+
+def training(mesh, dim):
+    """A function as the routed layer uses the products, its arguments' shapes.
+
+    It scans over rematerialized layers, each with a loop of more rounds of its own, inside one
+    region of `mesh` that checks what varies.
+    """
+
+    def rounds(x, w, where):
+        y = product(x, w, *where)
+        # Its trip count is data, so it is the forward pass of the loop alone.
+        more = jax.lax.fori_loop(
+            0, where[1], lambda _, y: product(y, w, *where), jax.lax.stop_gradient(y)
+        )
+        return y + jax.lax.stop_gradient(more)
+
+    def region(x, w_L, expert_of_tile, used):
+        w_L = jax.lax.pcast(w_L, ("data",), to="varying")
+        layer = jax.checkpoint(lambda x, w: (rounds(x, w, (expert_of_tile, used[0])), None))
+        return jax.lax.scan(layer, x, w_L)[0]
+
+    def loss(x, w_L, expert_of_tile, used):
+        y = jax.shard_map(
+            region, in_specs=(P("data"), P(), P("data"), P("data")), out_specs=P("data")
+        )(x, w_L, expert_of_tile, used)
+        return jnp.sum(y.astype(jnp.float32))
+
+    def shape(dims, dtype, *spec):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
+
+    devices = mesh.size
+    shapes = (
+        shape((devices * TILES * TILE_SIZE, dim), jnp.bfloat16, "data"),
+        shape((2, EXPERTS, dim, dim), jnp.bfloat16),
+        shape((devices * TILES,), jnp.int32, "data"),
+        shape((devices,), jnp.int32, "data"),
+    )
+    return jax.jit(jax.grad(loss, argnums=(0, 1))), shapes
+
+
+def test_kernels_are_lowered_inside_a_region_with_scan_loops_and_rematerialization():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        function, shapes = training(mesh, 128)
+        text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    assert text.count("@mosaic_gpu_v2") >= 3
+    for name in ("grouped_matmul/", "grouped_matmul_weights/"):
+        assert name in text
