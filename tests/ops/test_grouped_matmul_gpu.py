@@ -1,7 +1,5 @@
 """The GPU's grouped products: interpreted on the CPU, lowered, and compiled for H100s."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.ops import grouped_matmul_gpu
 from moe_jax.ops.grouped_matmul_gpu import TILE_SIZE, gmm, tgmm
 
 EXPERTS, TILES = 3, 4
