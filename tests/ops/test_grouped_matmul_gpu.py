@@ -1,5 +1,8 @@
 """The GPU's grouped products: interpreted on the CPU, lowered, and compiled for H100s."""
 
+import importlib.util
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +129,29 @@ def test_kernels_are_lowered_inside_a_region_with_scan_loops_and_rematerializati
     assert text.count("@mosaic_gpu_v2") >= 3
     for name in ("grouped_matmul/", "grouped_matmul_weights/"):
         assert name in text
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="JAX's plugin for CUDA is not installed (the extra cuda13)",
+)
+def test_kernels_compile_for_h100s():
+    from moe_jax.planning import topologies
+
+    topologies.prepare()
+    devices = np.array(topologies.devices("h100:1x2"))
+    mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        # No block divides the dim. Mosaic compiles its kernels as XLA compiles the program.
+        function, shapes = training(mesh, 1400)
+        text = function.lower(*shapes).compile().as_text()
+    calls = [line for line in text.splitlines() if '"mosaic_gpu_v2"' in line]
+    names = [re.search(r'op_name="[^"]*/(\w+)/mpmd_map"', line) for line in calls]
+    # Forward and its further rounds, both again in the backward pass, and that pass's own two.
+    assert len(calls) >= 4
+    assert {name.group(1) for name in names if name} == {
+        "grouped_matmul",
+        "grouped_matmul_weights",
+    }
+    assert " dot(" not in text
