@@ -7,12 +7,13 @@ shared memory, several steps ahead and on across blocks of the result; the other
 its half of the rows. Tiles past the last used one are on no program's list, so skewed routing and
 empty experts cost nothing but what they need.
 
-Dims need not be multiples of the blocks: copies read zeros outside of an array and write nothing
-there. They are multiples of 8, since copies start at 16 bytes.
+Dims are multiples of 64, but not of the blocks: copies read zeros outside of an array and write
+nothing there.
 
 Shapes: S slots in N tiles, E experts, A summed dim of the forward product, B its result's dim.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.config import UserError
 
 TILE_SIZE = 128  # slots of a tile: the rows of one block
 # A block of the result: the L2 cache could not feed the tensor cores for much smaller ones.
@@ -30,6 +33,8 @@ MULTIPLIERS = 2  # warp groups
 ROWS_EACH = ROWS // MULTIPLIERS
 ROW_BLOCKS_TOGETHER = 8  # made side by side, so that the L2 cache serves the columns they share
 PROGRAMS = 132  # the processors of an H100 or H200
+DIMS = 64  # what copies between global and shared memory can cut
+HOPPER = re.compile(r"\bG?H\d")  # in the names of devices: H100, H200, GH200
 # Of the 512 registers that a processor has for a thread of each warp group.
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
 
@@ -53,6 +58,8 @@ def gmm(
       used: [] int32, the tiles to compute; rows of others keep what was in memory.
       interpret: None, or how to run on a CPU (`pallas.mosaic_gpu.InterpretGPUParams`).
       programs: that share the blocks out.
+    Raises:
+      ValueError: for what the kernels cannot take.
     """
     num_slots, num_summed = x_SA.shape
     assert num_slots == len(expert_of_tile_N) * TILE_SIZE, (num_slots, len(expert_of_tile_N))
@@ -109,6 +116,8 @@ def tgmm(
       expert_of_tile_N: [tiles] int32, ascending over the used ones.
       used: [] int32, the tiles that count; rows of others are not read.
       interpret, programs: as in `gmm`.
+    Raises:
+      ValueError: for what the kernels cannot take.
     """
     num_slots, num_rows = x_SA.shape
     assert num_slots == len(expert_of_tile_N) * TILE_SIZE, (num_slots, len(expert_of_tile_N))
@@ -247,12 +256,13 @@ def _call(body, inputs, *, blocks, out, interpret, programs):
       blocks: shapes of both operands' blocks.
       out: shape and dtype of the result.
     """
-    dtype = inputs[-1].dtype
+    *_, x, y = inputs
+    _check(x.dtype, sorted({*x.shape[1:], *y.shape[1:]}))
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(*out),
         scratch_types=[
-            *(_buffer((STEPS_AHEAD, *block), dtype) for block in blocks),
+            *(_buffer((STEPS_AHEAD, *block), x.dtype) for block in blocks),
             _buffer((MULTIPLIERS, 2, ROWS_EACH, _swizzled(out[1])), out[1]),
             plgpu.Barrier(num_arrivals=2, num_barriers=STEPS_AHEAD),
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=STEPS_AHEAD),
@@ -268,6 +278,22 @@ def _call(body, inputs, *, blocks, out, interpret, programs):
     varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
     result = kernel(*inputs)
     return jax.lax.pcast(result, tuple(sorted(varying)), to="varying") if varying else result
+
+
+def _check(dtype, dims):
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    problem = None
+    if device is not None and device.platform == "gpu" and not HOPPER.search(device.device_kind):
+        problem = f"are for Hopper GPUs, not for {device.device_kind}"
+    elif dtype != jnp.bfloat16:
+        problem = f"take bfloat16, not {dtype}"
+    elif any(dim % DIMS for dim in dims):
+        problem = f"take dims that are multiples of {DIMS}, not {dims}"
+    if problem:
+        raise UserError(
+            f"the kernels of config.model.backends.grouped_matmul='gpu' {problem};"
+            " 'portable' takes anything"
+        )
 
 
 def _buffer(shape, dtype):

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.ops.grouped_matmul_gpu import TILE_SIZE, gmm, tgmm
 
 EXPERTS, TILES = 3, 4
-# No block divides them; two blocks of columns, two steps of a sum.
-DIM_A, DIM_B = 72, 264
+# Two steps of a sum; two blocks of columns, the second one's end outside.
+DIM_A, DIM_B = 128, 320
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,22 @@ def test_products_are_those_of_each_tile_and_expert(interpreted, tiles_of_expert
     np.testing.assert_array_equal(weights(x, y, expert_of_tile, jnp.int32(used)), want_EAB)
 
 
-def test_tiles_of_another_size_are_refused():
-    x = jax.ShapeDtypeStruct((4 * 64, 128), jnp.bfloat16)
-    w = jax.ShapeDtypeStruct((EXPERTS, 128, 128), jnp.bfloat16)
-    tiles, used = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+def _trace(slots: int = TILES * TILE_SIZE, dim: int = 128, dtype: str = "bfloat16") -> None:
+    shapes = ((slots, dim), dtype), ((EXPERTS, dim, 64), dtype), ((TILES,), "int32"), ((), "int32")
+    jax.eval_shape(gmm, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+
+
+def test_what_the_kernels_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="take bfloat16, not float32; 'portable' takes anything"):
+        _trace(dtype="float32")
+    with pytest.raises(ValueError, match=r"dims that are multiples of 64, not \[64, 96\]"):
+        _trace(dim=96)
+    device = jax.sharding.AbstractDevice("NVIDIA A100-SXM4-40GB", 108, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="not for NVIDIA A1"):
+        _trace()
     with pytest.raises(AssertionError, match="256"):
-        jax.eval_shape(gmm, x, w, tiles, used)
+        _trace(slots=TILES * 64)
 
 
 @jax.custom_vjp
@@ -143,8 +153,8 @@ def test_kernels_compile_for_h100s():
     devices = np.array(topologies.devices("h100:1x2"))
     mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        # No block divides the dim. Mosaic compiles its kernels as XLA compiles the program.
-        function, shapes = training(mesh, 1400)
+        # Mosaic compiles its kernels while XLA compiles the program.
+        function, shapes = training(mesh, 1408)
         text = function.lower(*shapes).compile().as_text()
     calls = [line for line in text.splitlines() if '"mosaic_gpu_v2"' in line]
     names = [re.search(r'op_name="[^"]*/(\w+)/mpmd_map"', line) for line in calls]
