@@ -22,7 +22,7 @@ def interpreted():
     """gmm, gmm with transposed weights, and tgmm on the CPU, by two programs."""
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} cannot interpret kernels with transposed operands")
-    options = {"interpret": plgpu.InterpretGPUParams(), "programs": 2}
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True), "programs": 2}
     return (
         jax.jit(lambda *args: gmm(*args, **options)),
         jax.jit(lambda *args: gmm(*args, transpose_weights=True, **options)),
