@@ -35,7 +35,7 @@ CASES = {
     ),
     True: (Case("tiny", 64, 48, 4, 512),),
 }
-STEPS = {False: Step(4, 4, 4096), True: Step(2, 2, 64)}
+STEPS = {False: Step(4, 6, 4096), True: Step(2, 2, 64)}
 MATRIX_DIM = {False: 8192, True: 256}  # of the square product that gives the machine's rate
 ROUTINGS = ("balance forced", "real (Zipf)")
 

@@ -32,7 +32,7 @@ def make_config(shape: Step, *, small: bool, **backends: str) -> configs.Config:
     raw.data.stages = ({"sequence_length": shape.length, "tokens": None},)
     raw.training.tokens_per_step = shape.rows * shape.length
     raw.training.micro_batches = 1
-    raw.training.rematerialization = "minimal"
+    raw.training.rematerialization = "none"
     return validation.parse(raw)
 
 

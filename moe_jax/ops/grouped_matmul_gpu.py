@@ -203,8 +203,7 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
         def until_free(step):
             plgpu.barrier_wait(free.at[jax.lax.rem(step, STEPS_AHEAD)])
 
-        @for_each_block
-        def done(block, done):
+        def copy(block, done):
             def step(i, _):
                 slot = jax.lax.rem(done + i, STEPS_AHEAD)
                 pl.when(done + i >= STEPS_AHEAD)(lambda: until_free(done + i))
@@ -214,6 +213,7 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
 
             jax.lax.fori_loop(0, block.steps, step, None)
 
+        done = for_each_block(copy)
         # A barrier must not go while it is in use.
         last = jnp.maximum(done - STEPS_AHEAD, 0)
         jax.lax.fori_loop(last, done, lambda step, _: until_free(step), None)
@@ -223,8 +223,7 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
         plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
         half = _span(group, ROWS_EACH)
 
-        @for_each_block
-        def _(block, done):
+        def make(block, done):
             def sum_of_steps(sum_ref):
                 def step(i, _):
                     slot = jax.lax.rem(done + i, STEPS_AHEAD)
@@ -236,7 +235,9 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
                 jax.lax.fori_loop(0, block.steps, step, None)
                 return sum_ref[...]
 
-            total = pl.run_scoped(sum_of_steps, plgpu.ACC((ROWS_EACH, COLUMNS), jnp.float32))
+            total = pl.run_scoped(
+                sum_of_steps, plgpu.WGMMAAccumulatorRef((ROWS_EACH, COLUMNS), jnp.float32)
+            )
             total = total.astype(out_buffer.dtype)
             width = out_buffer.shape[-1]
             for i, start in enumerate(range(0, COLUMNS, width)):
@@ -246,6 +247,7 @@ def _make_blocks(number, block, multiply, a_buffer, b_buffer, out_buffer, filled
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_buffer.at[group, i % 2], block.target.at[half, part])
 
+        for_each_block(make)
         plgpu.wait_smem_to_gmem(0)
 
 
