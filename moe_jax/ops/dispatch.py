@@ -22,14 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops import exchange, grouped_matmul, slots
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_matmul import Experts
-
-
-class Backends(NamedTuple):
-    """Of `ops/backends.py`, chosen."""
-
-    exchange: str
-    grouped_matmul: str
 
 
 class Balanced(NamedTuple):

@@ -14,7 +14,7 @@ Shapes: S slots in N tiles, E experts, A summed dim of the forward product, B it
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -282,15 +282,20 @@ def _call(body, inputs, *, blocks, out, interpret, programs):
     return jax.lax.pcast(result, tuple(sorted(varying)), to="varying") if varying else result
 
 
-def _check(dtype, dims):
+def obstacle(dtype: Any, dims: Sequence[int]) -> str | None:
+    """Why the kernels cannot take these operands on the mesh's devices; None if they can."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    problem = None
     if device is not None and device.platform == "gpu" and not HOPPER.search(device.device_kind):
-        problem = f"are for Hopper GPUs, not for {device.device_kind}"
-    elif dtype != jnp.bfloat16:
-        problem = f"take bfloat16, not {dtype}"
-    elif any(dim % DIMS for dim in dims):
-        problem = f"take dims that are multiples of {DIMS}, not {dims}"
+        return f"are for Hopper GPUs, not for {device.device_kind}"
+    if dtype != jnp.bfloat16:
+        return f"take bfloat16, not {dtype}"
+    if any(dim % DIMS for dim in dims):
+        return f"take dims that are multiples of {DIMS}, not {dims}"
+    return None
+
+
+def _check(dtype, dims):
+    problem = obstacle(dtype, dims)
     if problem:
         raise UserError(
             f"the kernels of config.model.backends.grouped_matmul='gpu' {problem};"

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.ops import dispatch, grouped_matmul
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
@@ -114,7 +115,7 @@ def _compiled(
             axes=EXPERT_AXES,
             all_axes=BATCH_AXES,
             combine_dtype=jnp.dtype(dtype),
-            backends=dispatch.Backends(exchange, "portable"),
+            backends=Backends(exchange=exchange),
         )
         return y, rounds
 

@@ -12,6 +12,7 @@ from emulated import make_mesh, quick_jit
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.ops import dispatch, grouped_kernels, grouped_matmul, grouped_matmul_tpu, slots
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_kernels import Products
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
@@ -169,7 +170,7 @@ def test_in_rounds_of_rematerialized_layers_on_a_mesh(monkeypatch: pytest.Monkey
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,
                 combine_dtype=jnp.dtype("float32"),
-                backends=dispatch.Backends("padded", "tpu"),
+                backends=Backends(grouped_matmul="tpu"),
             )
             return x + y, rounds
 
