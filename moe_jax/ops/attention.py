@@ -54,7 +54,7 @@ def attention(
 def _local_attention(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, *, scale):
     """One device's rows, cut into blocks."""
     batch, length, heads, _ = q_BLHQ.shape
-    groups, block = k_BLGQ.shape[2], min(BLOCK, length)
+    groups, block = k_BLGQ.shape[2], _block(length, heads)
     blocks = -(-length // block)
     rows = _rows_at_once(batch, heads * block**2) if blocks == 1 else 1
 
@@ -76,6 +76,14 @@ def _local_attention(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, *, scale):
     values = values.reshape(-1, blocks, rows, heads, block, values.shape[-1])
     values = jnp.moveaxis(jnp.moveaxis(values, 1, 2), 4, 3)
     return values.reshape(batch, blocks * block, heads, -1)[:, :length]
+
+
+def _block(length: int, heads: int) -> int:
+    """Positions of a block: few enough for a pair's scores to stay in the caches."""
+    block = BLOCK
+    while block > 128 and heads * block**2 > 4 * SCORES:
+        block //= 2
+    return min(block, length)
 
 
 def _rows_at_once(batch: int, scores: int) -> int:
