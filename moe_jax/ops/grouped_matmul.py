@@ -4,7 +4,7 @@ Choices lie sorted by expert in slots, and each expert's part is filled up to wh
 slots, so that a tile is the work of one expert alone. An expert that nobody chose has no tile and
 costs nothing, and the padding is less than a tile per expert whatever the routing.
 
-This portable form loops over an expert's tiles, in pieces of 512 slots, then of a quarter as many
+This portable form loops over an expert's tiles, in pieces of 1024 slots, then of a quarter as many
 and so on down to one tile. A piece's products run at the speed of dense ones. It gathers its own
 rows, and weight gradients add up in place, so that of all that lies in slots only the first
 product's result is kept for the backward pass.
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import slots
 
-LARGEST_PIECE = 512
+LARGEST_PIECE = 1024
 
 
 class Experts(NamedTuple):
