@@ -1,17 +1,18 @@
 """Causal attention within documents.
 
-The row is cut into blocks. A loop runs over the pairs of a query block and a key block that
-causality and documents leave, so memory grows with the length and not with its square, and many
-short documents in a long row cost the sum of their squares. The softmax is built up over key
-blocks, and the backward pass computes it again from its normalizer (Dao et al. 2022, algorithms 1
-and 4).
+Rows are cut into blocks. For each query block, a loop runs over the key blocks that causality and
+documents leave, so memory grows with the length and not with its square, and many short documents
+in a long row cost the sum of their squares. The softmax is built up over key blocks. The backward
+pass runs over key blocks, and for each over the query blocks that see it; it computes the softmax
+again from its normalizer (Dao et al. 2022, algorithms 1 and 4).
 
-Shapes: B batch, L and M query and key length, H query heads, G key/value heads, R = H / G query
-heads per key/value head, Q query/key head dim, V value head dim, m positions of a block.
+Shapes: B batch, H query heads, G key/value heads, R = H / G query heads per key/value head, Q
+query/key head dim, V value head dim; N blocks of all rows, A rows that are taken together (one but
+where they are short), L and M queries and keys of a block; L in B L is the length of a row.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.sharding import BATCH, BATCH_AXES, P
 
-BLOCK = 512
-SCORES = 2**20  # of short rows that are taken together
+BLOCK = 512  # positions of a block; fewer with many heads
+SCORES = 2**20  # of rows that are taken together, if each is one block
 LOWEST = -1e30  # stands for -inf where a difference of two would be no number
 
 
@@ -129,7 +130,6 @@ def _forward(q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, scale, blocks):
 
 def _backward(scale, blocks, kept, d_values_NAGRLV):
     q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, values, log_normalizers = kept
-    dtype = q_NAGRLQ.dtype
     # The softmax's own gradient needs this sum over keys, which is one over v's dims as well.
     deltas = jnp.sum(d_values_NAGRLV.astype(jnp.float32) * values.astype(jnp.float32), axis=-1)
 
@@ -146,7 +146,7 @@ def _backward(scale, blocks, kept, d_values_NAGRLV):
             weights = jnp.exp(scores - log_normalizers[query][:, :, None])
             d_weights = _dot("agmv,agrlv->agmrl", v, d_values)
             d_scores = weights * (d_weights - deltas[query][:, :, None]) * scale
-            d_scores, weights = d_scores.astype(dtype), weights.astype(dtype)
+            d_scores, weights = d_scores.astype(k.dtype), weights.astype(v.dtype)
             return (
                 dq_NAGQRL.at[query].add(_dot("agqm,agmrl->agqrl", k_transposed, d_scores)),
                 dk + _dot("agmrl,agrlq->agmq", d_scores, q),
@@ -155,12 +155,12 @@ def _backward(scale, blocks, kept, d_values_NAGRLV):
 
         start = dq_NAGQRL, _zeros(k.shape), _zeros(v.shape)
         dq_NAGQRL, dk, dv = jax.lax.fori_loop(number, last + 1, add, start)
-        return dq_NAGQRL, (dk.astype(dtype), dv.astype(dtype))
+        return dq_NAGQRL, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     numbers, _, last_N = _ranges(ids_NAL, blocks)
     dq_NAGQRL = _zeros(jnp.moveaxis(q_NAGRLQ, -1, 3).shape)
     dq_NAGQRL, (dk, dv) = jax.lax.scan(of_key, dq_NAGQRL, (numbers, last_N, k_NAGMQ, v_NAGMV))
-    return jnp.moveaxis(dq_NAGQRL, 3, -1).astype(dtype), dk, dv, None
+    return jnp.moveaxis(dq_NAGQRL, 3, -1).astype(q_NAGRLQ.dtype), dk, dv, None
 
 
 _blockwise.defvjp(_forward, _backward)
