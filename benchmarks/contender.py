@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Memory in huge pages, and kept from step to step: a step's temporary memory is fresh otherwise, and
-# up to a fifth of its time goes into the kernel's handing out 4 KiB at a time. For all alike.
+# Memory in huge pages, and kept from step to step: otherwise temporary memory is new in each, and a
+# fifth of the time goes into the kernel's handing it out in pages of 4 KiB. For all alike.
 MEMORY = {
     "GLIBC_TUNABLES": ":".join(
         [
