@@ -14,6 +14,7 @@ expert, H = 2 F (gate and up side by side).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -227,10 +228,11 @@ def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
 
 
 def _row_sum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[A, B] float32, the sum over rows of a times b: [rows, A] and [rows, B], rows in eights."""
+    """[A, B] float32, the sum over rows of a times b: [rows, A] and [rows, B]."""
     # Over one dim, a CPU takes the left operand as it lies, which is slow; over two, it is turned
     # over first, which is quick where it need not be computed at the same time.
-    a, b = (x.reshape(-1, 8, x.shape[1]) for x in jax.lax.optimization_barrier((a, b)))
+    a, b = jax.lax.optimization_barrier((a, b))
+    a, b = (x.reshape(-1, math.gcd(8, len(x)), x.shape[1]) for x in (a, b))
     dims = (((0, 1), (0, 1)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
