@@ -93,7 +93,7 @@ def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     Its transpose is the reduce-scatter that a gradient needs.
     """
     for dim, axes in enumerate(spec):
-        if dim >= keep and axes:
+        if dim >= keep and axes and jax.lax.axis_size(axes) > 1:  # over one, it would be a copy
             shard = jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
     return shard
 
