@@ -148,6 +148,12 @@ class Walk:
             self._add(inner, total)
         return total
 
+    def own_counts(self, run: Run) -> Counts:
+        """Of an instruction without what it calls."""
+        total = Counts()
+        self._add(run, total)
+        return total
+
     def runs(self) -> Iterator[Run]:
         """Every instruction that runs, inner ones behind those that call them."""
         return self._of_frame(Frame(self.program.entry), 1.0, False)
