@@ -108,7 +108,9 @@ def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: 
     needed = training_operations(config.model, parameters, LENGTH) * LENGTH
     exchanges = [c for c in counts.collectives if is_exchange(c)]
     of_exchanges = [
-        o for o in overlaps(walk, rates_of(kind)) if is_exchange(o.collective) and o.collective.times
+        o
+        for o in overlaps(walk, rates_of(kind))
+        if is_exchange(o.collective) and o.collective.times
     ]
     largest = largest_part(state["parameters"])
     return {

@@ -76,10 +76,8 @@ def run(command: list[str], timeout: float) -> dict:
 
 
 def page(rows: dict[str, dict]) -> str:
-    head = (
-        "target | model | factor | mesh | operations | exchange | hidden | memory | unwanted "
-        "| compiled in"
-    ).split(" | ")
+    head = ["target", "model", "factor", "mesh", "operations", "exchange", "hidden", "memory"]
+    head += ["unwanted", "compiled in"]
     lines = [HEAD, _row(head), _row(["---"] * len(head))]
     details = []
     for name, row in rows.items():
@@ -88,7 +86,9 @@ def page(rows: dict[str, dict]) -> str:
             lines.append(_row([target, model, factor, row["error"], *[""] * (len(head) - 4)]))
             continue
         unwanted = [c for c in row["collectives"] if c["unwanted"]]
-        lines.append(_row([target, model, factor, *_cells(row), str(len(unwanted) or "none"), _seconds(row)]))
+        lines.append(
+            _row([target, model, factor, *_cells(row), str(len(unwanted) or "none"), _seconds(row)])
+        )
         if factor == "1.0":
             details += [f"\n## {model} on {target}\n", *_details(row)]
     return "\n".join(lines + details) + "\n"

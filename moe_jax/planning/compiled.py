@@ -183,9 +183,9 @@ class Walk:
                 r"(?:branch_computations=\{|_computation=|, )(%[\w.-]+)", instruction.attributes
             )
             yield max((inner(name) for name in names), key=self._operations), 1.0
+        elif instruction.opcode == "call":
+            yield inner(instruction.attribute("to_apply") or ""), 1.0
         elif name := instruction.attribute("calls"):
-            yield inner(name), 1.0
-        elif instruction.opcode == "call" and (name := instruction.attribute("to_apply")):
             yield inner(name), 1.0
         elif name := instruction.attribute("called_computations"):
             # How programs for TPU hand a collective to the sparse cores.
@@ -278,7 +278,7 @@ def convolution_operations(instruction: Instruction, left: Array, kernel: Array)
 
 
 def _window(text: str) -> dict[str, list[int]]:
-    """window={size=2x3 stride=.. pad=0_0x1_1 lhs_dilate=.. rhs_dilate=..}, absent ones filled in."""
+    """The fields of {size=2x3 stride=1x2 pad=0_0x1_1 lhs_dilate=1x2}, absent ones filled in."""
     fields = dict(item.split("=") for item in text.strip("{}").split())
     rank = len(fields.get("size", "").split("x")) if fields else 0
 

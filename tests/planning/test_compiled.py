@@ -1,4 +1,4 @@
-"""The walk over compiled programs: hand counts, XLA's own counts where they are right, and scans."""
+"""The walk over compiled programs: hand counts, XLA's own where they are right, and scans."""
 
 import functools
 from collections.abc import Callable
@@ -155,12 +155,9 @@ def test_collectives_by_hand(mesh: Mesh) -> None:
     assert all("shard_map" in c.op_name for c in counts.collectives)
 
 
-HEAD = "HloModule m, is_scheduled=true\n\n"
-
-
 def _entry(*lines: str) -> str:
-    body = "\n".join(f"  {line}" for line in lines)
-    return f"{HEAD}ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {{\n  %x = bf16[8,4]{{1,0}} parameter(0)\n{body}\n}}\n"
+    body = "\n".join(f"  {line}" for line in ("%x = bf16[8,4]{1,0} parameter(0)", *lines))
+    return f"HloModule m\n\nENTRY %main (x: bf16[8,4]) -> bf16[8,4] {{\n{body}\n}}\n"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ START = (
     "%s = ((f32[10,100]), f32[10,100]) all-to-all-start(%x), replica_groups={{0,1}}, dimensions={0}"
 )
 DONE = "%d = f32[10,100]{1,0} all-to-all-done(%s)"
-PRODUCT = (
-    "%p = f32[10,10]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
-)
+PRODUCT = "%p = f32[10,10]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
 LOOP = "%w = (s32[], f32[10,100]) while(%t), condition=%cond, body=%body"
 
 
