@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import sharding, validation
+from moe_jax import platform, sharding, validation
 from moe_jax.config import MESH_AXES, Config
 from moe_jax.ops import attention
 from moe_jax.planning import topologies
@@ -44,8 +44,11 @@ MESHES = {
         "h100:8x8": {"expert_outer": 8, "expert": 8},
     },
 }
-# Asked of the compiler; by the platform's name.
-COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}, "gpu": {}}
+# Asked of the compiler: the project's own flags, and what is on trial.
+FLAGS = {
+    "tpu": platform.LIBTPU_FLAGS | {"xla_tpu_enable_async_all_to_all": "true"},
+    "gpu": platform.XLA_GPU_FLAGS,
+}
 
 
 def make_config(model: str, target: str, buffer_factor: float, num_devices: int) -> Config:
@@ -83,7 +86,9 @@ def main() -> None:
         }
         begin = time.perf_counter()
         lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[devices[0].platform])
+        flags = FLAGS[devices[0].platform]
+        options: dict[str, Any] = {name: value == "true" for name, value in flags.items()}
+        compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - begin
     text = compiled.as_text()
     if len(sys.argv) > 4:

@@ -218,14 +218,17 @@ class Walk:
             for name in instruction.operands
             for array in frame.computation.instructions[name].arrays
         )
-        kind = opcode.removesuffix("-start")
+        kind, op_name = opcode.removesuffix("-start"), instruction.op_name
+        if frame.instruction is not None and frame.instruction.opcode == "fusion":
+            op_name = op_name or frame.instruction.op_name
+            # How programs for TPU write a reduce-scatter: a fusion that keeps a part of the sum.
+            if kind == "all-reduce" and frame.computation.name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
         if kind in COLLECTIVES:
             group = group_size(instruction.attributes)
             sent = sent_bytes(kind, operands, group)
             asynchronous |= opcode != kind
-            total.collectives.append(
-                Collective(kind, instruction.op_name, sent, group, times, asynchronous)
-            )
+            total.collectives.append(Collective(kind, op_name, sent, group, times, asynchronous))
         elif opcode in ("dot", "convolution", "custom-call"):
             operations = self._product_operations(instruction, operands)
             if operations != 0:

@@ -197,6 +197,21 @@ def test_a_collective_on_the_sparse_cores_counts_once() -> None:
     assert Walk(text).counts().collectives == [Collective("all-to-all", "", 48.0, 4, 1.0, True)]
 
 
+def test_a_fusion_that_keeps_a_part_of_a_sum_is_a_reduce_scatter() -> None:
+    text = _entry(
+        "ROOT %f = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, "
+        'metadata={op_name="jit(f)/dot_general"}'
+    ).replace(
+        "ENTRY",
+        "%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {\n  %p = bf16[8,4]{1,0} parameter(0)\n"
+        "  %a = bf16[8,4]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add\n"
+        "  ROOT %s = bf16[2,4]{1,0} slice(%a), slice={[0:2], [0:4]}\n}\n\nENTRY",
+    )
+    assert Walk(text).counts().collectives == [
+        Collective("reduce-scatter", "jit(f)/dot_general", 48.0, 4, 1.0, False)
+    ]
+
+
 @pytest.mark.parametrize(
     ("left", "kernel", "result", "how", "operations"),
     [
