@@ -44,9 +44,9 @@ MESHES = {
         "h100:8x8": {"expert_outer": 8, "expert": 8},
     },
 }
-# Asked of the compiler: the project's own flags, and what is on trial.
+# As `platform.start` sets them for those who train.
 FLAGS = {
-    "tpu": platform.LIBTPU_FLAGS | {"xla_tpu_enable_async_all_to_all": "true"},
+    "tpu": platform.LIBTPU_FLAGS,
     "gpu": platform.XLA_GPU_FLAGS,
 }
 

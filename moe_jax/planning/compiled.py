@@ -227,7 +227,7 @@ class Walk:
         if kind in COLLECTIVES:
             group = group_size(instruction.attributes)
             sent = sent_bytes(kind, operands, group)
-            asynchronous |= opcode != kind
+            asynchronous |= opcode.endswith("-start")
             total.collectives.append(Collective(kind, op_name, sent, group, times, asynchronous))
         elif opcode in ("dot", "convolution", "custom-call"):
             operations = self._product_operations(instruction, operands)
