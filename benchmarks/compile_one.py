@@ -87,7 +87,7 @@ def main() -> None:
         begin = time.perf_counter()
         lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
         flags = FLAGS[devices[0].platform]
-        options: dict[str, Any] = {name: value == "true" for name, value in flags.items()}
+        options: Any = {name: {"true": True}.get(value, value) for name, value in flags.items()}
         compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - begin
     text = compiled.as_text()
