@@ -7,6 +7,7 @@ as a line of JSON.
 import importlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -44,11 +45,6 @@ MESHES = {
         "h100:8x8": {"expert_outer": 8, "expert": 8},
     },
 }
-# As `platform.start` sets them for those who train.
-FLAGS = {
-    "tpu": platform.LIBTPU_FLAGS,
-    "gpu": platform.XLA_GPU_FLAGS,
-}
 
 
 def make_config(model: str, target: str, buffer_factor: float, num_devices: int) -> Config:
@@ -70,6 +66,9 @@ def make_config(model: str, target: str, buffer_factor: float, num_devices: int)
 def main() -> None:
     model, target, buffer_factor = sys.argv[1:4]
     topologies.prepare()
+    for variable, flags in platform.FLAGS.values():  # as for those who train
+        given = os.environ.get(variable, "")
+        os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
     devices = topologies.devices(target)
     config = make_config(model, target, float(buffer_factor), len(devices))
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -86,9 +85,7 @@ def main() -> None:
         }
         begin = time.perf_counter()
         lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-        flags = FLAGS[devices[0].platform]
-        options: Any = {name: {"true": True}.get(value, value) for name, value in flags.items()}
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile()
         seconds = time.perf_counter() - begin
     text = compiled.as_text()
     if len(sys.argv) > 4:
