@@ -4,9 +4,7 @@ Arguments: the dtype of activations, and the experts' form: "dropping" (capacity
 (dropless: every expert on every token) or "ragged" (dropless: `jax.lax.ragged_dot`).
 """
 
-import contextlib
 import importlib.metadata
-import io
 import os
 import sys
 import tempfile
@@ -75,24 +73,15 @@ def make_config(dtype: str, experts: str) -> pyconfig.HyperParameters:
 
 def main() -> None:
     dtype, experts = sys.argv[1:]
-    # It says a lot on the way; what is read of a contender is one line.
-    with contextlib.redirect_stdout(io.StringIO()):
-        config = make_config(dtype, experts)
-        _, _, shardings, model, mesh, _, _, loader, _, _, state = train_utils.setup_train_loop(
-            config, None
-        )
-        graphdef, state = nnx.split(state)
-        parameters, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
-        step, _ = train_utils.jit_train_and_eval_step(
-            config,
-            graphdef,
-            mesh,
-            state,
-            shardings,
-            train.train_step,
-            params_shardings=parameters,
-        )
-        batch = loader.load_next_batch()
+    config = make_config(dtype, experts)
+    # As its `train_loop` begins.
+    _, _, shardings, _, mesh, _, _, loader, _, _, state = train_utils.setup_train_loop(config, None)
+    graphdef, state = nnx.split(state)
+    parameters, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
+    step, _ = train_utils.jit_train_and_eval_step(
+        config, graphdef, mesh, state, shardings, train.train_step, params_shardings=parameters
+    )
+    batch = loader.load_next_batch()
 
     def run():
         nonlocal state
