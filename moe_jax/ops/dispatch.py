@@ -175,7 +175,8 @@ def _sum_rounds(
             return number + 1, jax.tree.map(jnp.add, total, function(number))
 
         start = jnp.ones_like(rounds), first
-        return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+        with jax.named_scope("further_rounds"):
+            return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
     def forward(rounds, inputs, routing):
         zero = jnp.zeros_like(rounds)

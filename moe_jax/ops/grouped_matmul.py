@@ -214,7 +214,8 @@ def _pieces(
         def body(i, carry, tiles=tiles, first=first):
             return function((first + i * tiles) * size, tiles * size, carry)
 
-        carry = jax.lax.fori_loop(0, number, body, carry)
+        with jax.named_scope(f"pieces_of_{tiles * size}"):  # for those who count what is compiled
+            carry = jax.lax.fori_loop(0, number, body, carry)
         first, count = first + number * tiles, count % tiles
         tiles = 0 if tiles == 1 else max(1, tiles // 4)
     return carry

@@ -101,6 +101,15 @@ class Counts:
         return sum(c.bytes * c.times for c in self.collectives if c.kind == kind)
 
 
+class Run(NamedTuple):
+    """An instruction, where it stands, how often it runs, and whether others go on meanwhile."""
+
+    instruction: Instruction
+    frame: Frame
+    times: float
+    asynchronous: bool
+
+
 # The operations of a kernel, of its operands' and its results' shapes.
 Kernel = Callable[[tuple[Array, ...], tuple[Array, ...]], float]
 
@@ -128,40 +137,64 @@ class Walk:
     def counts(self) -> Counts:
         """Of the whole program."""
         total = Counts()
-        self._add_computation(Frame(self.program.entry), 1.0, total)
+        for run in self.runs():
+            self._add(run, total)
         return total
 
-    def counts_of(self, instruction: Instruction, frame: Frame) -> Counts:
-        """Of one run of an instruction and all that it calls."""
+    def counts_of(self, run: Run) -> Counts:
+        """Of one run of an instruction and of all that it calls."""
         total = Counts()
-        self._add(instruction, frame, 1.0, total)
+        for inner in self._within(run._replace(times=1.0)):
+            self._add(inner, total)
         return total
 
-    def callees(self, instruction: Instruction, frame: Frame) -> Iterator[tuple[Frame, float]]:
+    def own_counts(self, run: Run) -> Counts:
+        """Of an instruction without what it calls."""
+        total = Counts()
+        self._add(run, total)
+        return total
+
+    def runs(self) -> Iterator[Run]:
+        """Every instruction that runs, inner ones behind those that call them."""
+        return self._of_frame(Frame(self.program.entry), 1.0, False)
+
+    def _of_frame(self, frame: Frame, times: float, asynchronous: bool) -> Iterator[Run]:
+        for instruction in frame.computation.instructions.values():
+            yield from self._within(Run(instruction, frame, times, asynchronous))
+
+    def _within(self, run: Run) -> Iterator[Run]:
+        yield run
+        for callee, trips in self._callees(run.instruction, run.frame):
+            asynchronous = run.asynchronous or run.instruction.opcode.endswith("-start")
+            yield from self._of_frame(callee, run.times * trips, asynchronous)
+
+    def _callees(self, instruction: Instruction, frame: Frame) -> Iterator[tuple[Frame, float]]:
         """What an instruction runs, and how often; of a conditional, the largest branch."""
 
         def inner(name: str) -> Frame:
             return Frame(self.program.computations[name.lstrip("%")], instruction, frame)
 
         if instruction.opcode == "while":
-            body = instruction.attribute("body")
-            assert body is not None
             trips = known_trips(self.program, instruction, frame)
+            body = instruction.attribute("body") or ""
             yield inner(body), self._expected(instruction) if trips is None else trips
         elif instruction.opcode == "conditional":
             names = re.findall(
                 r"(?:branch_computations=\{|_computation=|, )(%[\w.-]+)", instruction.attributes
             )
-            branches = [inner(name) for name in names]
-            yield max(branches, key=self._operations), 1.0
+            yield max((inner(name) for name in names), key=self._operations), 1.0
+        elif instruction.opcode == "call":
+            yield inner(instruction.attribute("to_apply") or ""), 1.0
         elif name := instruction.attribute("calls"):
             yield inner(name), 1.0
-        elif instruction.opcode == "call" and (name := instruction.attribute("to_apply")):
-            yield inner(name), 1.0
+        elif name := instruction.attribute("called_computations"):
+            # How programs for TPU hand a collective to the sparse cores.
+            yield inner(name.strip("{}").split(",")[0]), 1.0
 
     def _operations(self, frame: Frame) -> float:
         total = Counts()
-        self._add_computation(frame, 1.0, total)
+        for run in self._of_frame(frame, 1.0, False):
+            self._add(run, total)
         return total.operations
 
     def _expected(self, loop: Instruction) -> float:
@@ -170,11 +203,8 @@ class Walk:
                 return trips
         return 0.0
 
-    def _add_computation(self, frame: Frame, times: float, total: Counts) -> None:
-        for instruction in frame.computation.instructions.values():
-            self._add(instruction, frame, times, total)
-
-    def _add(self, instruction: Instruction, frame: Frame, times: float, total: Counts) -> None:
+    def _add(self, run: Run, total: Counts) -> None:
+        instruction, frame, times, asynchronous = run
         opcode = instruction.opcode
         if opcode == "while" and known_trips(self.program, instruction, frame) is None:
             total.loops.append(Loop(instruction.op_name, self._expected(instruction)))
@@ -186,25 +216,16 @@ class Walk:
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             group = group_size(instruction.attributes)
+            sent = sent_bytes(kind, operands, group)
+            asynchronous |= opcode != kind
             total.collectives.append(
-                Collective(
-                    kind,
-                    instruction.op_name,
-                    sent_bytes(kind, operands, group),
-                    group,
-                    times,
-                    opcode != kind,
-                )
+                Collective(kind, instruction.op_name, sent, group, times, asynchronous)
             )
-            return
-        if opcode in ("dot", "convolution", "custom-call"):
+        elif opcode in ("dot", "convolution", "custom-call"):
             operations = self._product_operations(instruction, operands)
             if operations != 0:
-                moved = sum(a.bytes for a in (*operands, *instruction.arrays))
+                moved = sum(array.bytes for array in (*operands, *instruction.arrays))
                 total.products.append(Product(instruction.op_name, operations, moved, times))
-            return
-        for callee, trips in self.callees(instruction, frame):
-            self._add_computation(callee, times * trips, total)
 
     def _product_operations(
         self, instruction: Instruction, operands: tuple[Array, ...]
@@ -257,7 +278,7 @@ def convolution_operations(instruction: Instruction, left: Array, kernel: Array)
 
 
 def _window(text: str) -> dict[str, list[int]]:
-    """window={size=2x3 stride=.. pad=0_0x1_1 lhs_dilate=.. rhs_dilate=..}, absent ones filled in."""
+    """The fields of {size=2x3 stride=1x2 pad=0_0x1_1 lhs_dilate=1x2}, absent ones filled in."""
     fields = dict(item.split("=") for item in text.strip("{}").split())
     rank = len(fields.get("size", "").split("x")) if fields else 0
 

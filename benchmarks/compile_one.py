@@ -1,0 +1,201 @@
+"""One row of `benchmarks.compiled_step`: arguments MODEL, TARGET and BUFFER_FACTOR.
+
+Compiles the train step for devices that are not here, counts what one of them does, and prints it
+as a line of JSON.
+"""
+
+import importlib
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding, validation
+from moe_jax.config import MESH_AXES, Config
+from moe_jax.ops import attention
+from moe_jax.planning import topologies
+from moe_jax.planning.communication import exchanged_rows
+from moe_jax.planning.compiled import Collective, Counts, Walk
+from moe_jax.planning.operations import count_parameters, training_operations
+from moe_jax.planning.overlap import overlaps, rates_of
+from moe_jax.training.loop import abstract_state
+from moe_jax.training.step import init_state, make_train_step
+
+LENGTH = 4096
+DENSE_LAYERS, ROUTED_LAYERS = 1, 2
+# The mesh by model and target; the other devices are fsdp's. Each device has one row.
+MESHES = {
+    "deepseek_v2_lite": {
+        "v5p:4x4x4": {"expert": 16},
+        "v6e:8x8": {"expert": 8},
+        "tpu7x:4x4x4": {"expert": 16},
+        "h100:8x8": {"expert": 8},
+    },
+    "deepseek_v3": {
+        "v5p:4x4x4": {"expert": 16},
+        "v6e:8x8": {"expert": 8},
+        "tpu7x:4x4x4": {"expert": 16},
+        "h100:8x8": {"expert_outer": 8, "expert": 8},
+    },
+}
+# Asked of the compiler; by the platform's name.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}, "gpu": {}}
+
+
+def make_config(model: str, target: str, buffer_factor: float, num_devices: int) -> Config:
+    """The model's own sizes, at a small depth."""
+    raw = importlib.import_module(f"configs.{model}").get_config()
+    raw.model.num_hidden_layers = DENSE_LAYERS + ROUTED_LAYERS
+    raw.model.first_k_dense_replace = DENSE_LAYERS
+    raw.model.num_nextn_predict_layers = 0
+    raw.model.moe.buffer_factor = buffer_factor
+    raw.mesh.update({axis: 1 for axis in MESH_AXES} | {"fsdp": -1} | MESHES[model][target])
+    raw.data.num_streams = num_devices
+    raw.data.stages = ({"sequence_length": LENGTH, "tokens": None},)
+    raw.training.tokens_per_step = num_devices * LENGTH
+    raw.training.micro_batches = 1
+    raw.training.rematerialization = "none"
+    return validation.parse(raw)
+
+
+def main() -> None:
+    model, target, buffer_factor = sys.argv[1:4]
+    topologies.prepare()
+    devices = topologies.devices(target)
+    config = make_config(model, target, float(buffer_factor), len(devices))
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
+        shape = (1, len(devices), LENGTH)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                shape,
+                jnp.float32 if name == "loss_weights" else jnp.int32,
+                sharding=sharding.batch_sharding(mesh),
+            )
+            for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+        }
+        begin = time.perf_counter()
+        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[devices[0].platform])
+        seconds = time.perf_counter() - begin
+    text = compiled.as_text()
+    if len(sys.argv) > 4:
+        Path(sys.argv[4]).write_text(text)
+    memory = compiled.memory_analysis()
+    facts = {
+        "device": devices[0].device_kind,
+        "jax": jax.__version__,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "seconds": seconds,
+        "state_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+    print(json.dumps(facts | count(text, config, mesh, state, devices[0].device_kind)))
+
+
+def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: str) -> dict:
+    """What one device does, and what it would have to."""
+    walk = Walk(text, expected_trips(text, config, mesh))
+    counts = walk.counts()
+    parameters = count_parameters(state["parameters"], state["router_bias"], config.model)
+    needed = training_operations(config.model, parameters, LENGTH) * LENGTH
+    exchanges = [c for c in counts.collectives if is_exchange(c)]
+    of_exchanges = [
+        o
+        for o in overlaps(walk, rates_of(kind))
+        if is_exchange(o.collective) and o.collective.times
+    ]
+    largest = largest_part(state["parameters"])
+    return {
+        "operations": counts.operations,
+        "needed_operations": needed,
+        "exchange_bytes": sum(c.bytes * c.times for c in exchanges),
+        "needed_exchange_bytes": needed_exchange(config, mesh),
+        "exchange_seconds": sum(o.seconds * o.collective.times for o in of_exchanges),
+        "hidden_seconds": sum(o.share * o.seconds * o.collective.times for o in of_exchanges),
+        "collectives": [
+            c._asdict() | {"unwanted": why_unwanted(c, largest)} for c in together(counts)
+        ],
+        "loops_not_counted": sorted({loop.op_name for loop in counts.loops if not loop.trips}),
+        "kernels_not_counted": sorted(set(counts.not_counted)),
+    }
+
+
+def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Of the portable loops, by op_name: one document a row, every expert with the same load."""
+    blocks = LENGTH // attention.BLOCK
+    trips: dict[str, float] = {"attention/.*while$": blocks * (blocks + 1) / 2}
+    moe = config.model.moe
+    devices = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
+    sizes = sorted({int(size) for size in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True)
+    if sizes:
+        load = LENGTH * devices * moe.num_experts_per_tok / moe.num_experts
+        left = math.ceil(load / sizes[-1]) * sizes[-1]
+        for size in sizes:
+            trips[f"/pieces_of_{size}/while$"], left = divmod(left, size)
+    return trips
+
+
+def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:
+    """Bytes of one copy per destination, there and back, in a forward and a backward pass."""
+    sizes = [mesh.shape[axis] for axis in sharding.EXPERT_AXES]
+    rows = exchanged_rows(config.model.moe, LENGTH, sizes)
+    precision = config.precision
+    there, back = jnp.dtype(precision.compute_dtype), jnp.dtype(precision.combine_dtype)
+    row = config.model.hidden_size * (there.itemsize + back.itemsize)
+    return ROUTED_LAYERS * 2 * rows * row
+
+
+def is_exchange(collective: Collective) -> bool:
+    return collective.kind.endswith("all-to-all")
+
+
+def largest_part(parameters: Any) -> int:
+    """Bytes of the largest part of a parameter on one device."""
+    return max(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(parameters)
+    )
+
+
+def why_unwanted(collective: Collective, largest: int) -> str:
+    """What is wrong with a collective; "" if nothing."""
+    if is_exchange(collective):
+        return "" if "dispatch" in collective.op_name else "not of the dispatch"
+    if collective.kind == "all-reduce":
+        whole = collective.bytes / 2 / (1 - 1 / collective.group)
+        return "of more than a parameter's part" if whole > largest else ""
+    if collective.kind in ("all-gather", "reduce-scatter"):
+        return ""  # of weights, and of their gradients
+    return "" if collective.bytes < 2**20 else "nothing asks for it"
+
+
+def together(counts: Counts) -> list[Collective]:
+    """Alike ones as one, the largest first; those that never run are left out."""
+    times: dict[Collective, float] = {}
+    for collective in counts.collectives:
+        key = collective._replace(times=0.0, op_name=short(collective.op_name))
+        times[key] = times.get(key, 0.0) + collective.times
+    found = [key._replace(times=value) for key, value in times.items() if value]
+    return sorted(found, key=lambda c: -c.bytes * c.times)
+
+
+def short(op_name: str) -> str:
+    """Without what JAX wraps around the named scopes."""
+    noise = r"jit\(train_step\)/|(while|body|eval_jaxpr|closed_call|checkpoint|shard_map)/|/while$"
+    name = re.sub(noise, "", op_name)
+    name = re.sub(r"rematted_computation/", "again/", name)
+    while name != (name := re.sub(r"\b(jvp|transpose)\(([^()]*)\)", r"\1 \2", name)):
+        pass
+    return re.sub(r"transpose jvp ?", "backward ", re.sub(r"(?<!transpose )jvp ?", "", name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""How much of each collective's time a compiled program fills with other work.
+
+The text of a program for TPU or GPU is its schedule. Between the start and the done of an
+asynchronous collective stand the products that run while bytes travel. Their time, at the chip's
+stated rates, is held against the collective's own. What is no product counts as no time, so the
+share is a lower bound as far as work goes; links are taken to be otherwise idle.
+"""
+
+from typing import NamedTuple
+
+from moe_jax.planning.compiled import Collective, Counts, Run, Walk
+from moe_jax.planning.hlo import Instruction
+from moe_jax.planning.trips import Frame
+
+
+class Rates(NamedTuple):
+    """Of one device: operations a second in bf16, bytes a second of its memory and of all its
+    links together, one way."""
+
+    operations: float
+    memory: float
+    links: float
+
+
+# From the makers' data sheets, by the name that JAX gives the device. A TPU7x chip is two devices.
+RATES = {
+    "TPU v5p": Rates(459e12, 2765e9, 600e9),
+    "TPU v5": Rates(459e12, 2765e9, 600e9),
+    "TPU v6 lite": Rates(918e12, 1640e9, 400e9),
+    "TPU7x": Rates(1153e12, 3690e9, 300e9),
+    "NVIDIA H100": Rates(989e12, 3352e9, 450e9),  # NVLink
+}
+
+
+class Overlap(NamedTuple):
+    """A collective and the work between its start and its done, in seconds a run."""
+
+    collective: Collective
+    seconds: float
+    work: float
+
+    @property
+    def share(self) -> float:
+        """Of the collective's time that is filled."""
+        return min(1.0, self.work / self.seconds) if self.seconds else 1.0
+
+
+def overlaps(walk: Walk, rates: Rates) -> list[Overlap]:
+    """Every collective that runs; one without start and done has no work beside it."""
+    found = []
+    for run in walk.runs():
+        opcode = run.instruction.opcode
+        if not run.times or run.asynchronous:
+            continue
+        if opcode.endswith("-done"):
+            begin = _operand(run.instruction, run.frame)
+            start = begin
+            while not start.opcode.endswith("-start") and start.operands:
+                start = _operand(start, run.frame)
+            collectives = walk.counts_of(run._replace(instruction=start)).collectives
+            work = _work_between(walk, run, begin.name, rates)
+        elif opcode.endswith("-start"):
+            continue
+        else:
+            collectives = walk.own_counts(run).collectives
+            work = 0.0
+        for collective in collectives:
+            here = collective._replace(times=run.times)
+            found.append(Overlap(here, here.bytes / rates.links, work))
+    return found
+
+
+def rates_of(device_kind: str) -> Rates:
+    """Of the longest name that fits."""
+    return RATES[max((name for name in RATES if device_kind.startswith(name)), key=len)]
+
+
+def seconds_of_products(counts: Counts, rates: Rates) -> float:
+    """At the rate of the matrix units or of memory, whichever takes longer."""
+    return sum(
+        p.times * max((p.operations or 0.0) / rates.operations, p.bytes / rates.memory)
+        for p in counts.products
+    )
+
+
+def _work_between(walk: Walk, done: Run, begin: str, rates: Rates) -> float:
+    names = list(done.frame.computation.instructions)
+    between = names[names.index(begin) + 1 : names.index(done.instruction.name)]
+    instructions = done.frame.computation.instructions
+    return sum(
+        seconds_of_products(walk.counts_of(done._replace(instruction=instructions[name])), rates)
+        for name in between
+    )
+
+
+def _operand(instruction: Instruction, frame: Frame) -> Instruction:
+    return frame.computation.instructions[instruction.operands[0]]

@@ -1,0 +1,76 @@
+"""Devices that are not here, to compile for.
+
+TPU programs need `libtpu` (the extra `test-aot`), programs for NVIDIA GPUs the extra `cuda13`;
+neither needs a device. `prepare` comes before the first use of JAX in a process, and a process
+compiles for one maker's devices.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+# libtpu looks for the machine it runs on, unless it is told. One process at a time may use it,
+# but for compiling alone there may be several.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+# What XLA wants to know of an H100 SXM, from NVIDIA's data sheet and the CUDA programming guide.
+H100 = """
+gpu_device_info {
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def prepare() -> None:
+    """Sets what libtpu and JAX read from the environment; what the user set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices(name: str) -> Sequence[Any]:
+    """Compile-only devices.
+
+    Args:
+      name: of a TPU topology ("v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4": chips), or "h100:8x8", hosts
+        times GPUs of one.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == "h100":
+        description = topologies.get_topology_desc(
+            "h100", "cuda", topology=f"1x{shape}", target_config=H100
+        )
+    else:
+        description = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    return description.devices
