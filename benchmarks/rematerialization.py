@@ -6,10 +6,10 @@
 compiled ahead of time for 64 chips of TPU v5p (expert 8, fsdp 8; one row of 4,096 tokens a chip),
 which needs libtpu and no TPU. Nothing runs.
 
-Bytes kept come from the shapes of a layer's residuals: those with a policy that keeps the one thing
-less those with one that keeps nothing, at two batches, so that what does not grow with tokens
-(gathered weights) stands apart. Beside it is what the compiled step's temporary memory grows by for
-each further layer, less what it grows by under `full`, plus the input that `full` keeps.
+Bytes kept come from the shapes of a layer's residuals, and those of a line are what it adds to the
+lines above it. They are taken at two batches, so that what does not grow with tokens (gathered
+weights) stands apart. Below is what the compiled step's temporary memory grows by for each further
+layer, less what it grows by under `full`, plus the input that `full` keeps.
 
 Operations are counted in the compiled step. Loops over blocks of attention run as causality wants
 it, and those over tiles of experts as the choices of all tokens fill them; further rounds of
@@ -224,13 +224,16 @@ def report_kept(shape: Shape, growth: dict[str, float]) -> None:
     print("\n| kept by a routed layer | bytes a token |", " | ".join(policies), "|")
     print("| --- | ---: |" + " :-: |" * len(policies))
     print(f"| its input | {of_input} |" + " x |" * len(policies))
+    so_far, before = (), 0.0
     for title, items in ITEMS.items():
-        bytes_of_token, _ = kept(shape, keep_only(items))
+        so_far += items
+        bytes_of_token, _ = kept(shape, keep_only(so_far))
         marks = [
             "x" if all(keeps(policy, item) for item in items) else " "
             for policy in REMATERIALIZATION.values()
         ]
-        print(f"| {title} | {bytes_of_token:.0f} |", " | ".join(marks), "|")
+        print(f"| {title} | {bytes_of_token - before:.0f} |", " | ".join(marks), "|")
+        before = bytes_of_token
     whole = [kept(shape, policy) for policy in REMATERIALIZATION.values()]
     in_all = [f"{of_input + bytes_of_token:.0f}" for bytes_of_token, _ in whole]
     weights = [f"{constant / 2**20:.1f}" for _, constant in whole]
