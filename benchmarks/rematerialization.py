@@ -3,13 +3,14 @@
     python -m benchmarks.rematerialization [--shape=v2_lite] [--json=PATH]
 
 `small` is the shape of `benchmarks.train_step` on this CPU; `v2_lite` is DeepSeek-V2-Lite's layers
-compiled ahead of time for 64 chips of TPU v5p (expert 8, fsdp 8; one row of 4,096 tokens a chip),
+compiled ahead of time for 64 chips of TPU v5p (expert 16, fsdp 4; one row of 4,096 tokens a chip),
 which needs libtpu and no TPU. Nothing runs.
 
 Bytes kept come from the shapes of a layer's residuals, and those of a line are what it adds to the
-lines above it. They are taken at two batches, so that what does not grow with tokens (gathered
-weights) stands apart. Below is what the compiled step's temporary memory grows by for each further
-layer, less what it grows by under `full`, plus the input that `full` keeps.
+lines above it. They are taken at two batches, so that what does not grow with tokens (the last
+tiles of experts, and gathered weights if any were kept) stands apart. Below is what the compiled
+step's temporary memory grows by for each further layer, less what it grows by under `full`, plus
+the input that `full` keeps; for `small` at 64 rows, where activations outweigh gradients.
 
 Operations are counted in the compiled step. Loops over blocks of attention run as causality wants
 it, and those over tiles of experts as the choices of all tokens fill them; further rounds of
@@ -19,6 +20,7 @@ repeats.
 
 import argparse
 import dataclasses
+import functools
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +52,7 @@ ITEMS = {
 NAMES = ("latent", "attention", "expert_gate_up")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Shape:
     """A model on a mesh: `rows` of `length` tokens over all devices."""
 
@@ -58,6 +60,7 @@ class Shape:
     mesh: jax.sharding.Mesh
     rows: int
     length: int
+    rows_of_growth: int  # the batch at which memory is measured by depth
     compiler_options: dict[str, Any] | None = None
 
     @property
@@ -77,15 +80,15 @@ def small() -> Shape:
     config = our_step.make_config("float32", dense=False)
     # Nothing runs, and XLA's own passes, which decide what is in the program, are the same.
     options = {"xla_backend_optimization_level": 0}
-    return Shape(config, sharding.make_mesh(MeshConfig()), 8, 512, options)
+    return Shape(config, sharding.make_mesh(MeshConfig()), 8, 512, 64, options)
 
 
 def v2_lite() -> Shape:
     topologies.prepare()
-    config = build(Config, deepseek_v2_lite.get_config())
+    config = build(Config, deepseek_v2_lite.get_config().to_dict())
     devices = topologies.devices("v5p:4x4x4")
-    mesh = sharding.make_mesh(MeshConfig(expert=8), devices)
-    return Shape(config, mesh, rows=64, length=4096)
+    mesh = sharding.make_mesh(MeshConfig(expert=16), devices)
+    return Shape(config, mesh, rows=64, length=4096, rows_of_growth=64)
 
 
 def keeps(policy: Callable[..., bool], item: str) -> bool:
@@ -137,11 +140,12 @@ def kept(shape: Shape, policy: Callable[..., bool]) -> tuple[float, float]:
     return (two - one) / shape.tokens, 2 * one - two
 
 
-def compile_step(shape: Shape, routed: int, policy: str) -> Any:
+@functools.cache
+def compile_step(shape: Shape, routed: int, rows: int, policy: str) -> Any:
     config = shape.with_layers(routed)
     training = dataclasses.replace(config.training, rematerialization=policy)
     config = dataclasses.replace(config, training=training)
-    rows = sharding.batch_sharding(shape.mesh)
+    split_rows = sharding.batch_sharding(shape.mesh)
 
     def placed(x):
         spec = x.sharding.spec if x.sharding else sharding.P()
@@ -149,7 +153,7 @@ def compile_step(shape: Shape, routed: int, policy: str) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
 
     def field(dtype):
-        return jax.ShapeDtypeStruct((1, shape.rows, shape.length), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((1, rows, shape.length), dtype, sharding=split_rows)
 
     integers = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: field(jnp.int32) for name in integers} | {"loss_weights": field(jnp.float32)}
@@ -157,6 +161,11 @@ def compile_step(shape: Shape, routed: int, policy: str) -> Any:
         state = jax.tree.map(placed, jax.eval_shape(lambda: step.init_state(config)))
         lowered = jax.jit(step.make_train_step(config), donate_argnums=0).lower(state, batch)
         return lowered.compile(shape.compiler_options)
+
+
+def temporary(compiled: Any) -> int:
+    """Bytes of one device besides state and batch."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def is_forward(product: Product) -> bool:
@@ -236,11 +245,11 @@ def report_kept(shape: Shape, growth: dict[str, float]) -> None:
         before = bytes_of_token
     whole = [kept(shape, policy) for policy in REMATERIALIZATION.values()]
     in_all = [f"{of_input + bytes_of_token:.0f}" for bytes_of_token, _ in whole]
-    weights = [f"{constant / 2**20:.1f}" for _, constant in whole]
+    fixed = [f"{constant / shape.mesh.size / 2**20:.1f}" for _, constant in whole]
     grown = [f"{of_input + growth[policy] - growth['full']:.0f}" for policy in policies]
     print("| in all, bytes a token | |", " | ".join(in_all), "|")
     print("| the same, by growth of the step's memory | |", " | ".join(grown), "|")
-    print("| gathered weights, MiB a layer | |", " | ".join(weights), "|")
+    print("| whatever the tokens, MiB of a device | |", " | ".join(fixed), "|")
 
 
 def report_again(repeated: dict[str, dict[str, float]]) -> None:
@@ -262,16 +271,14 @@ def main() -> None:
     few, many = 3, 7
     memory, operations, growth, repeated = {}, {}, {}, {}
     for policy in REMATERIALIZATION:
-        compiled = compile_step(shape, few, policy)
-        deeper = compile_step(shape, many, policy)
-        memory[policy], of_deeper = (
-            c.memory_analysis().temp_size_in_bytes for c in (compiled, deeper)
-        )
-        tokens = shape.tokens / shape.mesh.size
-        growth[policy] = (of_deeper - memory[policy]) / (many - few) / tokens
+        compiled = compile_step(shape, few, shape.rows, policy)
+        memory[policy] = temporary(compiled)
         counts = count(shape, few, compiled.as_text())
         operations[policy] = counts.operations
         repeated[policy] = again(counts, shape)
+        rows = shape.rows_of_growth
+        low, high = (temporary(compile_step(shape, n, rows, policy)) for n in (few, many))
+        growth[policy] = (high - low) / (many - few) / (rows * shape.length / shape.mesh.size)
 
     versions = record.conditions()
     print(f"{flags.shape}, {versions['date']}, jax {versions['jax']}, flax {versions['flax']}")
