@@ -112,6 +112,23 @@ class MoEConfig:
     buffer_factor: float = 1.5  # dispatch buffer of one round, in balanced loads
 
 
+# Forms of an operation, by the platform that each is the default of. CPU's runs everywhere.
+BACKENDS = {
+    "attention": {"cpu": "portable", "tpu": "tpu", "gpu": "gpu"},
+    "grouped_matmul": {"cpu": "portable", "tpu": "tpu", "gpu": "gpu"},
+    "exchange": {"cpu": "padded", "tpu": "ragged", "gpu": "ragged"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendConfig:
+    """Which form of an operation is compiled, of `BACKENDS`; "auto": the platform's default."""
+
+    attention: str = "auto"
+    grouped_matmul: str = "auto"  # the experts' products
+    exchange: str = "auto"  # tokens to the devices of their experts and back
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder. Names follow DeepSeek's public configuration."""
@@ -132,6 +149,7 @@ class ModelConfig:
     attention: AttentionConfig = AttentionConfig()
     rope: RopeConfig = RopeConfig()
     moe: MoEConfig = MoEConfig()
+    backends: BackendConfig = BackendConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +212,9 @@ class TrainingConfig:
     # latents and the result of attention. "minimal": routing and received tokens as well. "none":
     # the result of every product.
     rematerialization: str = "full"
+    # Routed layers take each device's rows in two halves: one computes while the other's tokens
+    # travel. For several devices that experts are split over.
+    split_micro_batch: bool = False
     mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
     mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen
     mtp_late_from_tokens: int | None = None
@@ -371,11 +392,15 @@ def field_names(path: str) -> list[str]:
     return list(typing.get_type_hints(kind)) if dataclasses.is_dataclass(kind) else []
 
 
-# Fields of config.model.moe by which training balances and dispatches: no weight depends on them.
-BALANCING = (
+_BALANCING = (
     *("bias_update_speed", "num_device_groups", "token_dropping", "capacity_factor"),
     *("capacity_group", "undropped_sequences", "buffer_factor"),
     *(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_loss_weight")),
+)
+# Fields of config.model by which training balances and computes: no weight depends on them.
+WEIGHTLESS = (
+    *(f"moe.{name}" for name in _BALANCING),
+    *(f"backends.{field.name}" for field in dataclasses.fields(BackendConfig)),
 )
 
 

@@ -4,8 +4,7 @@
 
     python -m moe_jax.generate --checkpoint=DeepSeek-V2-Lite --prompt="The" --mesh=fsdp=2,expert=4
 
-The checkpoint is a work directory of training, one checkpoint of it or a converted one, or a
-Hugging Face folder.
+The checkpoint is a work directory of training, one checkpoint, or a Hugging Face folder.
 """
 
 import dataclasses
@@ -15,26 +14,24 @@ from pathlib import Path
 from absl import flags
 
 from moe_jax import command_line, platform
-from moe_jax.config import DTYPES, PrecisionConfig, UserError
+from moe_jax.config import DTYPES, UserError
 from moe_jax.data.tokenizer import open_tokenizer
 from moe_jax.inference.cache import describe
 from moe_jax.inference.generation import Generator
+from moe_jax.inference.redundancy import measure_load, with_redundant_experts
 from moe_jax.inference.request import Request, make_mesh, parse_mesh
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writing import write
 from moe_jax.interop.conversion import TOKENIZER
 from moe_jax.interop.orbax_files import find_checkpoint
-from moe_jax.interop.weights import load_weights, read_weights
-from moe_jax.models.language_model import LanguageModel
+from moe_jax.interop.weights import load_model, read_weights
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder to read.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue")
 PROMPT_IDS = flags.DEFINE_multi_string("prompt_ids", [], "Token ids to continue, as 1,2,3")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file with text to continue")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "After which a text ends.")
-TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Of the draws, 0 for the best token; 0.7, or 0 with --speculative."
-)
+TEMPERATURE = flags.DEFINE_float("temperature", None, "0: greedy; 0.7, or 0 with --speculative.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draws among so many tokens; 0 for all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws among the best tokens of this total probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
@@ -45,12 +42,14 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of weights, cache and pr
 SPECULATIVE = flags.DEFINE_bool(
     "speculative", False, "Drafts tokens by multi-token prediction; the same greedy text, sooner."
 )
+REDUNDANT = flags.DEFINE_integer("redundant_experts", 0, "Replicas of hot experts, in each layer.")
 
 
 def main(_: list[str]) -> None:
     if CHECKPOINT.value is None:
         raise UserError("--checkpoint is missing; try --checkpoint=runs/tiny")
-    path, speculative, temperature = Path(CHECKPOINT.value), SPECULATIVE.value, TEMPERATURE.value
+    path, redundant = Path(CHECKPOINT.value), REDUNDANT.value
+    speculative, temperature = SPECULATIVE.value, TEMPERATURE.value
     if temperature is None:
         temperature = 0.0 if speculative else 0.7
     request = Request(
@@ -69,21 +68,22 @@ def main(_: list[str]) -> None:
 
     config, _, notes = read_weights(path)
     checkpoint = find_checkpoint(path)
-    beside = checkpoint / TOKENIZER if checkpoint else path
-    tokenizer = open_tokenizer(beside, config.vocab_size)
+    tokenizer = open_tokenizer(checkpoint / TOKENIZER if checkpoint else path, config.vocab_size)
     prompts = request.read(tokenizer)
     slots = request.slots(prompts, config)
-    mesh = make_mesh(mesh_config, config)
+    mesh = make_mesh(mesh_config, config, redundant)
     if not speculative:
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     lines += [f"note        {note}" for note in notes]
     lines += describe(config, slots, len(prompts), mesh, DTYPE.value, speculative)
     print("\n".join(lines), flush=True)
 
-    weights = load_weights(path, config, mesh, DTYPE.value)
-    precision = PrecisionConfig(compute_dtype=DTYPE.value)
+    model = load_model(path, config, mesh, DTYPE.value)
+    if redundant:
+        model, line = with_redundant_experts(model, measure_load(model, prompts), redundant)
+        print(line, flush=True)
     generator = Generator(
-        LanguageModel(config, precision, mesh, weights.parameters, weights.router_bias),
+        model,
         slots=slots,
         sampling=request.sampling,
         end_ids=tokenizer.end_ids,

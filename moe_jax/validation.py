@@ -6,7 +6,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import DTYPES, MESH_AXES, Config, PrecisionConfig, UserError, build, field_names
+from moe_jax.config import (
+    BACKENDS,
+    DTYPES,
+    MESH_AXES,
+    Config,
+    PrecisionConfig,
+    UserError,
+    build,
+    field_names,
+)
 
 
 def parse(raw: ConfigDict | Mapping[str, Any]) -> Config:
@@ -106,6 +115,8 @@ def check_model(config: Config) -> None:
     _one_of(config, "model.initializer", "normal", "fan_in")
     _check_attention(config)
     _check_moe(config)
+    for operation, forms in BACKENDS.items():
+        _one_of(config, f"model.backends.{operation}", "auto", *dict.fromkeys(forms.values()))
     for field in dataclasses.fields(PrecisionConfig):
         _one_of(config, f"precision.{field.name}", *DTYPES)
 
@@ -256,6 +267,12 @@ def _check_run(config: Config) -> None:
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
+    dropping = config.model.moe.token_dropping
+    _require(
+        not config.training.split_micro_batch or dropping == "none",
+        "config.training.split_micro_batch=True would give each half a capacity of its own; set it "
+        f"to False or config.model.moe.token_dropping={dropping!r} to 'none'",
+    )
     _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
     _at_least(config, 0, "training.mtp_late_from_tokens")
     _at_least(
@@ -298,12 +315,20 @@ def profile_steps(config: Config) -> range:
     return range(int(first), int(last))
 
 
-def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
-    """What needs the sizes of the mesh axes.
+def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") -> None:
+    """What needs the sizes of the mesh axes and the platform of the devices.
 
     Raises:
-      ValueError: experts or rows do not divide over the mesh.
+      ValueError: experts or rows do not divide over the mesh, or the platform lacks a back end.
     """
+    for operation, forms in BACKENDS.items():
+        wanted, runs = _value(config, f"model.backends.{operation}"), {forms["cpu"]}
+        runs |= {forms[platform]} if platform in forms else set()
+        _require(
+            wanted in {"auto", *runs},
+            f"config.model.backends.{operation}={wanted!r} does not run on {platform}; set it to "
+            f"{' or '.join(sorted({'auto', *runs}))}",
+        )
     experts, shards = config.model.moe.num_experts, sizes["expert_outer"] * sizes["expert"]
     model = config.model
     _require(
@@ -323,4 +348,10 @@ def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
             f"{stage.sequence_length} / config.training.micro_batches="
             f"{config.training.micro_batches}) must be a multiple of the {batch} devices that the "
             "batch is split over (data * fsdp * expert_outer * expert)",
+        )
+        _require(
+            not config.training.split_micro_batch or micro // batch % 2 == 0,
+            "config.training.split_micro_batch=True needs an even number of rows on each device, "
+            f"and config.data.stages[{i}] leaves {micro // batch} of a micro-batch's {micro}; set "
+            "it to False or change config.training.tokens_per_step or micro_batches",
         )

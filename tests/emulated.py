@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,6 +22,32 @@ def make_mesh(**sizes: int) -> jax.sharding.Mesh:
     """Over as many of the emulated devices as the sizes multiply to; one without any."""
     devices = jax.devices()[: math.prod(sizes.values())]
     return sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices)
+
+
+def ragged_all_to_all(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis_name: str,
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all` as its documentation has it; XLA has none on CPU.
+
+    Sizes that disagree between sender and receiver give NaN.
+    """
+    here = jax.lax.axis_index(axis_name)
+    sent = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    place = jnp.arange(len(output))
+    for source, (rows, starts, sizes, targets) in enumerate(zip(*sent, strict=True)):
+        number = place - targets[here]
+        inside = (number >= 0) & (number < sizes[here])
+        taken = rows.at[starts[here] + number].get(mode="fill", fill_value=jnp.nan)
+        taken = jnp.where(sizes[here] == recv_sizes[source], taken, jnp.nan)
+        output = jnp.where(inside.reshape(-1, *[1] * (output.ndim - 1)), taken, output)
+    return output
 
 
 def place(

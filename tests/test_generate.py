@@ -86,8 +86,10 @@ def test_the_same_text_step_by_step_and_with_drafts(checkpoint: Path) -> None:
 
 def test_several_prompts_each_to_its_end(checkpoint: Path) -> None:
     shared = [f"--checkpoint={checkpoint}", "--temperature=0", "--max_new_tokens=5"]
-    process = _start(*shared, "--prompt=ab", "--prompt=def ", "--mesh=expert=2")
+    prompts = ["--prompt=ab", "--prompt=def "]
+    process = _start(*shared, *prompts, "--mesh=expert=2", "--redundant_experts=2")
     whole = _text(process).splitlines()
+    assert whole[3].startswith("experts     4, and 2 redundant: fullest device ")
     titles = whole.index("--- prompt 1 ---"), whole.index("--- prompt 2 ---")
     first, second = (whole[title + 1] for title in titles)
     assert first.startswith("ab") and second.startswith("def ")

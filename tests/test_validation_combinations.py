@@ -282,3 +282,39 @@ def test_devices_that_the_mesh_does_not_divide() -> None:
     mesh = MeshConfig(num_cpu_devices=8, fsdp=-1, expert=3)
     with pytest.raises(UserError, match=re.escape("(fsdp=-1 * expert=3) does not fit 8 devices")):
         sharding.mesh_sizes(mesh, mesh.num_cpu_devices)
+
+
+@pytest.mark.parametrize(
+    ("operation", "form", "platform", "others"),
+    [
+        ("exchange", "ragged", "cpu", "auto or padded"),
+        ("attention", "gpu", "tpu", "auto or portable or tpu"),
+        ("grouped_matmul", "tpu", "gpu", "auto or gpu or portable"),
+    ],
+)
+def test_forms_that_the_platform_lacks(
+    operation: str, form: str, platform: str, others: str
+) -> None:
+    field = f"model.backends.{operation}"
+    config = validation.parse(raw({field: form}))
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(config, _sizes(), platform)
+    assert str(error.value) == (
+        f"config.{field}={form!r} does not run on {platform}; set it to {others}"
+    )
+    validation.check_mesh(validation.parse(raw({field: "auto"})), _sizes(), platform)
+
+
+def test_halves_of_a_micro_batch() -> None:
+    fields = {"training.split_micro_batch": True}
+    with pytest.raises(UserError, match="a capacity of its own; set it to False or config.model"):
+        validation.parse(raw({**fields, "model.moe.token_dropping": "expert"}))
+    config = validation.parse(raw(fields))
+    validation.check_mesh(config, _sizes(data=8))
+    with pytest.raises(UserError) as error:
+        validation.check_mesh(config, _sizes(data=16))
+    assert str(error.value) == (
+        "config.training.split_micro_batch=True needs an even number of rows on each device, and "
+        "config.data.stages[1] leaves 1 of a micro-batch's 16; set it to False or change "
+        "config.training.tokens_per_step or micro_batches"
+    )

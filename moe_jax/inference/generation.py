@@ -49,10 +49,6 @@ class Generator:
         self._steps = Steps(model.graphdef, slots, sampling, speculative)
         self._compiled: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
-    @property
-    def weights(self) -> tuple[Any, Any]:
-        return self.model.parameters, self.model.router_bias
-
     def __call__(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int = 0
     ) -> list[list[int]]:
@@ -90,7 +86,7 @@ class Generator:
 
     def _compile(self, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         with jax.set_mesh(self.model.mesh):
-            lowered = jax.jit(self._steps.prefill).lower(self.weights, *inputs)
+            lowered = jax.jit(self._steps.prefill).lower(self.model.weights, *inputs)
             prefill = lowered.compile()
             _, state, cache = jax.tree.map(
                 lambda info, sharding: jax.ShapeDtypeStruct(
@@ -102,7 +98,7 @@ class Generator:
             seed, _, active = inputs
             # The cache is donated: there is never a second one.
             advance = jax.jit(self._steps.advance, donate_argnums=4).lower(
-                self.weights, seed, active, state, cache
+                self.model.weights, seed, active, state, cache
             )
             return prefill, advance.compile()
 
@@ -133,7 +129,7 @@ class Generation:
         self._active = np.ones(len(lengths), bool)
         self._placed: jax.Array | None = None  # `_active` on the devices, unless it changed
         self.begun = time.perf_counter()
-        new, self._state, self._cache = prefill(generator.weights, *inputs)
+        new, self._state, self._cache = prefill(generator.model.weights, *inputs)
         # Results are read one step late, so that the devices never wait for the host.
         self._pending = collections.deque([new])
 
@@ -143,7 +139,7 @@ class Generation:
             if self._placed is None:
                 self._placed = self._generator.model.place(self._active)
             new, self._state, self._cache = self._advance(
-                self._generator.weights, self._seed, self._placed, self._state, self._cache
+                self._generator.model.weights, self._seed, self._placed, self._state, self._cache
             )
             self._pending.append(new)
             yield self._take(np.asarray(self._pending.popleft()))

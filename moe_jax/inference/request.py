@@ -13,6 +13,7 @@ from moe_jax import sharding
 from moe_jax.config import MESH_AXES, MeshConfig, ModelConfig, UserError
 from moe_jax.data.tokenizer import IdTokenizer, Tokenizer
 from moe_jax.inference.generation import check_prompts, check_speculation
+from moe_jax.inference.redundancy import check_redundancy
 from moe_jax.inference.sampling import Sampling
 
 
@@ -117,11 +118,11 @@ def parse_mesh(text: str) -> MeshConfig:
     return MeshConfig(num_cpu_devices=math.prod(sizes.values()), **sizes)
 
 
-def make_mesh(mesh: MeshConfig, config: ModelConfig) -> Mesh:
+def make_mesh(mesh: MeshConfig, config: ModelConfig, redundant_experts: int = 0) -> Mesh:
     """The mesh over the first devices, as many as it needs.
 
     Raises:
-      ValueError: there are too few, or the experts do not divide over them.
+      ValueError: there are too few, or the experts, redundant ones too, do not divide over them.
     """
     wanted, devices = math.prod(getattr(mesh, axis) for axis in MESH_AXES), jax.devices()
     if wanted > len(devices):
@@ -134,6 +135,7 @@ def make_mesh(mesh: MeshConfig, config: ModelConfig) -> Mesh:
             f"--mesh splits experts over {shards} devices, which does not divide the model's "
             f"{experts}; change expert or expert_outer"
         )
+    check_redundancy(redundant_experts, config, shards)
     return sharding.make_mesh(mesh, devices[:wanted])
 
 

@@ -18,7 +18,7 @@ from moe_jax.inference.sampling import Sampling, choose
 from moe_jax.models.decoder import Cache, Decoder
 from moe_jax.sharding import BATCH, P
 
-Weights = tuple[Any, Any]  # parameters and router biases
+Weights = tuple[Any, ...]  # of `LanguageModel.weights`
 
 
 class State(NamedTuple):

@@ -54,8 +54,11 @@ def save(model: LanguageModel, path: str | Path, dtype: str = "float32") -> None
       dtype: "float32", "bfloat16", or "float8": E4M3 with a scale per block, as DeepSeek-V3's
         public weights are, and bfloat16 for the rest.
     Raises:
-      ValueError: the folder is not empty, or no family of Hugging Face's has the model's options.
+      ValueError: the folder is not empty, no family of Hugging Face's has the model's options, or
+        the model has redundant experts.
     """
+    if model.placement:
+        raise UserError("a model with redundant experts cannot be saved; save the one without")
     weights = {"parameters": model.parameters, "router_bias": model.router_bias}
     write_folder(Path(path), model.config, jax.tree.map(from_array, weights), dtype)
 

@@ -6,16 +6,24 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import BALANCING, ModelConfig, UserError, differing, to_dict
+from moe_jax.config import (
+    WEIGHTLESS,
+    ModelConfig,
+    PrecisionConfig,
+    UserError,
+    differing,
+    to_dict,
+)
 from moe_jax.interop.huggingface import place_weights, read_folder
 from moe_jax.interop.lazy import Tree
 from moe_jax.interop.orbax_files import find_checkpoint, read_checkpoint
+from moe_jax.models.language_model import LanguageModel
 
 # Fields of the model in which a checkpoint and a run may differ without a word: they are of
 # training, or of no weight. The depth of multi-token prediction is compared by itself.
 FREE = {
     *("initializer", "initializer_range", "max_position_embeddings", "num_nextn_predict_layers"),
-    *(f"moe.{name}" for name in BALANCING),
+    *WEIGHTLESS,
 }
 
 
@@ -75,6 +83,13 @@ def load_weights(
         for tree in weights.values():
             tree.pop("mtp", None)
     return Weights(config, *place_weights(config, weights, mesh, dtype), notes)
+
+
+def load_model(path: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> LanguageModel:
+    """These weights as a model, whose products have operands of this dtype too."""
+    weights = load_weights(path, config, mesh, dtype)
+    precision = PrecisionConfig(compute_dtype=dtype)
+    return LanguageModel(config, precision, mesh, weights.parameters, weights.router_bias)
 
 
 def _check(stored: ModelConfig, config: ModelConfig, path: str | Path) -> list[str]:

@@ -12,13 +12,19 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.linear import Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.ops import balance, dispatch, routing
+from moe_jax.ops.backends import choose
 from moe_jax.ops.grouped_matmul import Experts
+from moe_jax.ops.placement import physical_ids
 from moe_jax.ops.token_dropping import kept_choices
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
 
 class RouterBias(nnx.Variable):
     """Steers the choice of experts; a type of its own, so that the optimizer never sees it."""
+
+
+class PlacementTable(nnx.Variable):
+    """[experts, most replicas] int32, the slots of each expert (`ops/placement.py`)."""
 
 
 class RoutingStats(NamedTuple):
@@ -57,14 +63,19 @@ class MoE(nnx.Module):
     """shared(x) + sum over the chosen experts: [batch, length, dim] to the same.
 
     Routing, dispatch, expert products and combine are one `shard_map` region.
+
+    placement: None save in inference with redundant experts; `gate`, `up` and `down` then have a
+      leading dim of slots, while router, bias and statistics know experts alone.
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
         moe, dim = config.moe, config.hidden_size
         self.config = moe
+        self.backends = config.backends
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.router = Router(config, rngs=rngs)
+        self.placement: PlacementTable | None = nnx.data(None)
         initializer = Initializer.of(config)
         hidden = moe.intermediate_size
         wide, narrow = (moe.num_experts, dim, hidden), (moe.num_experts, hidden, dim)
@@ -94,8 +105,9 @@ class MoE(nnx.Module):
         router_weight = self.router.weight[...]
         bias = None if self.router.bias is None else self.router.bias[...]
         router_spec = jax.typeof(router_weight).sharding.spec
+        placement = None if self.placement is None else self.placement[...]
 
-        def region(x_BLD, valid_BL, router_weight, bias_E, experts):
+        def region(x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER):
             with jax.named_scope("gather_experts"):
                 router_weight = sharding.gather_over(router_weight, router_spec)
                 gate, up, down = experts
@@ -104,19 +116,23 @@ class MoE(nnx.Module):
                     _whole(gate_up, expert_specs[0], self.dtype),
                     _whole(down, expert_specs[2], self.dtype),
                 )
-            return self._route_and_apply(x_BLD, valid_BL, router_weight, bias_E, experts, training)
+            return self._route_and_apply(
+                x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
+            )
 
         routed, stats = jax.shard_map(
             region,
-            in_specs=(BATCH, BATCH, router_spec, P(), expert_specs),
+            in_specs=(BATCH, BATCH, router_spec, P(), expert_specs, P()),
             out_specs=(BATCH, P()),
-        )(x_BLD, valid_BL, router_weight, bias, experts)
+        )(x_BLD, valid_BL, router_weight, bias, experts, placement)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 routed += self.shared(x_BLD)
         return routed, stats
 
-    def _route_and_apply(self, x_BLD, valid_BL, router_weight, bias_E, experts, training):
+    def _route_and_apply(
+        self, x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
+    ):
         config, dim = self.config, x_BLD.shape[-1]
         with jax.named_scope("router"):
             # A narrow product would flip choices between experts of nearly equal score.
@@ -147,21 +163,27 @@ class MoE(nnx.Module):
                 ids_BLK = jnp.where(kept_BLK, ids_BLK, jnp.int32(config.num_experts))
             ids_TK = ids_BLK.reshape(-1, config.num_experts_per_tok)
         with jax.named_scope("dispatch"):
-            x_TD = x_BLD.reshape(-1, dim)
+            x_TD, slots_TK = x_BLD.reshape(-1, dim), ids_TK
+            if placement_ER is not None:
+                slots_TK = physical_ids(ids_TK, placement_ER, jax.lax.axis_index(BATCH_AXES))
             y_TD, rounds = dispatch.apply_experts(
                 x_TD,
                 chosen.weights_TK,
-                ids_TK,
+                slots_TK,
                 experts,
                 dispatch.Balanced(
                     len(x_TD),
                     config.num_experts_per_tok,
-                    config.num_experts,
+                    len(experts.down_EFD) * jax.lax.axis_size(EXPERT_AXES),
                     config.buffer_factor,
                 ),
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
+                backends=dispatch.Backends(
+                    choose("exchange", self.backends.exchange),
+                    choose("grouped_matmul", self.backends.grouped_matmul),
+                ),
             )
         dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
         load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(
@@ -175,16 +197,17 @@ def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     """An expert weight's shard, whole in all dims but experts, and varying over the batch's axes.
 
     It is made varying here, once, so that its gradient is reduced once and not in every round. The
-    narrow form travels; the gradient is reduced in float32.
+    narrow form travels. What comes out is float32 again, so that its gradient is, from its product
+    to its parts.
     """
     gather = functools.partial(sharding.gather_varying, spec=spec, keep=1)
 
     @jax.custom_vjp
     def gather_narrow(shard):
-        return gather(shard.astype(dtype))
+        return gather(shard.astype(dtype)).astype(jnp.float32)
 
     def backward(shard, gradient):
-        return jax.vjp(gather, shard)[1](gradient.astype(jnp.float32))
+        return jax.vjp(gather, shard)[1](gradient)
 
     gather_narrow.defvjp(lambda shard: (gather_narrow(shard), shard), backward)
     return gather_narrow(shard)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
+from moe_jax.layers.moe import PlacementTable
 from moe_jax.models.decoder import Decoder, RouterBias
 
 Tree = Any  # nested dicts of arrays
@@ -21,6 +22,8 @@ class LanguageModel:
 
     Args:
       parameters, router_bias: as `abstract_weights` describes them.
+      placement: [layers, experts, most replicas] int32, where `parameters` have redundant experts
+        (`inference/redundancy.py`).
     """
 
     def __init__(
@@ -30,16 +33,27 @@ class LanguageModel:
         mesh: Mesh,
         parameters: Tree,
         router_bias: Tree,
+        placement: jax.Array | None = None,
     ):
         self.config, self.precision, self.mesh = config, precision, mesh
         self.parameters, self.router_bias = parameters, router_bias
+        self.placement = {}
         with jax.set_mesh(mesh):
-            self.graphdef = nnx.graphdef(_shapes(config, precision))
+            decoder = _shapes(config, precision)
+        if placement is not None:
+            decoder.moe_blocks.moe.placement = PlacementTable(jax.typeof(placement))
+            self.placement = {"moe_blocks": {"moe": {"placement": placement}}}
+        self.graphdef = nnx.graphdef(decoder)
         self._logits = jax.jit(self.apply)
+
+    @property
+    def weights(self) -> tuple[Tree, ...]:
+        """All arrays, as `nnx.merge(model.graphdef, *model.weights)` takes them."""
+        return self.parameters, self.router_bias, self.placement
 
     def apply(self, parameters: Tree, router_bias: Tree, *inputs: jax.Array) -> jax.Array:
         """`Decoder.__call__` as a pure function, to be transformed under `jax.set_mesh(mesh)`."""
-        return nnx.merge(self.graphdef, parameters, router_bias)(*inputs)
+        return nnx.merge(self.graphdef, parameters, router_bias, self.placement)(*inputs)
 
     def __call__(
         self,

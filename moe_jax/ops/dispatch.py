@@ -21,8 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops import grouped_matmul, slots
+from moe_jax.ops import exchange, grouped_matmul, slots
 from moe_jax.ops.grouped_matmul import Experts
+
+
+class Backends(NamedTuple):
+    """Of `ops/backends.py`, chosen."""
+
+    exchange: str
+    grouped_matmul: str
 
 
 class Balanced(NamedTuple):
@@ -54,6 +61,7 @@ def apply_experts(
     axes: tuple[str, ...],
     all_axes: tuple[str, ...],
     combine_dtype: jnp.dtype,
+    backends: Backends,
 ) -> tuple[jax.Array, jax.Array]:
     """sum_k weights[t, k] * expert[expert_ids[t, k]](x[t]) for the tokens of this device.
 
@@ -61,8 +69,9 @@ def apply_experts(
       x_TD: [tokens, model dim].
       weights_TK: [tokens, top_k] float32.
       expert_ids_TK: [tokens, top_k] int32, among the experts along `axes`; others go nowhere.
-      experts: this device's experts, in x's dtype. They must vary over all axes of the region
-        (`jax.lax.pcast`), or each round would reduce their gradients over the mesh.
+      experts: this device's experts, float32 of values that x's dtype holds, so that their
+        gradients are float32 (XLA takes widening and narrowing out again). They must vary over all
+        axes of the region (`jax.lax.pcast`), or each round would reduce these over the mesh.
       balanced: of the tokens.
       axes: the mesh axes that experts are split over, the slowest first.
       all_axes: all mesh axes of the region, which agree on the number of rounds.
@@ -73,47 +82,48 @@ def apply_experts(
     axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
     if not axes:
         return _apply_here(
-            x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype
+            x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends
         )
     axis, *inner_axes = axes
     devices = jax.lax.axis_size(axis)
     num_experts = len(experts.down_EFD) * jax.lax.axis_size(tuple(inner_axes))
     capacity = balanced.rows(num_experts)
-    num_slots = devices * capacity
-    destination_TK = _destinations(expert_ids_TK, num_experts, devices)
-    rank_T, load_n = slots.ranks(destination_TK.reshape(-1), devices)
-    rounds = jax.lax.pmax((jnp.max(load_n) + capacity - 1) // capacity, all_axes)
+    routing = exchange.plan(
+        _destinations(expert_ids_TK, num_experts, devices), axis, backends.exchange
+    )
+    rounds = jax.lax.pmax(routing.rounds(capacity), all_axes)
 
     def one_round(number, inputs, routing):
         x_TD, weights_TK, experts = inputs
-        expert_ids_TK, destination_TK, rank_TK = routing
-        place_TK = rank_TK - number * capacity
-        here_TK = (destination_TK >= 0) & (place_TK >= 0) & (place_TK < capacity)
-        slot_of_TK = jnp.where(here_TK, destination_TK * capacity + place_TK, num_slots)
+        expert_ids_TK, routing = routing
+        slot_of_TK, num_slots, there, back = routing.one_round(number, capacity, axis)
         token_of_slot_S = slots.choice_of_slot(slot_of_TK, num_slots) // expert_ids_TK.shape[1]
-        ids_SK = expert_ids_TK.at[token_of_slot_S].get(mode="fill", fill_value=-1)
-        ids_SK -= jnp.arange(num_slots)[:, None] // capacity * num_experts
+        # One message, of float32, which is exact for ids; 0 is none, as where nothing comes.
+        ids_SK = slots.take(expert_ids_TK + 1, token_of_slot_S)
         gates_SK = slots.to_slots(weights_TK, token_of_slot_S, slot_of_TK)
-        # One message, of float32, which is exact for ids.
-        choices = _exchange(jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1), axis)
+        choices = there(jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1))
         ids_RK, gates_RK = jnp.split(choices, 2, axis=1)
+        ids_RK = ids_RK.astype(jnp.int32) - 1 - jax.lax.axis_index(axis) * num_experts
         y_RD, passes = apply_experts(
-            _exchange(slots.to_slots(x_TD, token_of_slot_S, slot_of_TK), axis),
+            there(slots.to_slots(x_TD, token_of_slot_S, slot_of_TK)),
             gates_RK,
-            ids_RK.astype(jnp.int32),
+            ids_RK,
             experts,
             balanced._replace(tokens=balanced.tokens * devices),
             axes=tuple(inner_axes),
             all_axes=all_axes,
             combine_dtype=combine_dtype,
+            backends=backends,
         )
-        return slots.from_slots(_exchange(y_RD, axis), token_of_slot_S, slot_of_TK), passes
+        return slots.from_slots(back(y_RD), token_of_slot_S, slot_of_TK), passes
 
-    routing = expert_ids_TK, destination_TK, rank_T.reshape(expert_ids_TK.shape)
-    return _sum_rounds(one_round, rounds, (x_TD, weights_TK, experts), routing, all_axes)
+    inputs, routing = (x_TD, weights_TK, experts), (expert_ids_TK, routing)
+    return _sum_rounds(one_round, rounds, inputs, routing, all_axes)
 
 
-def _apply_here(x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype):
+def _apply_here(
+    x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends
+):
     """The same on one device that has all the experts in question."""
     num_experts, choices = len(experts.down_EFD), expert_ids_TK.size
     load = balanced.choices(1)
@@ -145,11 +155,6 @@ def _destinations(expert_ids_TK: jax.Array, num_experts: int, devices: int) -> j
     return jnp.where(again_TK | (device_TK >= devices), -1, device_TK)
 
 
-def _exchange(rows: jax.Array, axis: str) -> jax.Array:
-    """[n * C, ...] by destination to [n * C, ...] by source, and back."""
-    return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
-
-
 def _sum_rounds(
     one_round: Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]],
     rounds: jax.Array,
@@ -178,23 +183,29 @@ def _sum_rounds(
         with jax.named_scope("further_rounds"):
             return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
+    # Loops hold narrow experts and widen them inside, where that costs nothing.
+    def with_experts(inputs, dtype):
+        x_TD, weights_TK, experts = inputs
+        return x_TD, weights_TK, jax.tree.map(lambda w: w.astype(dtype), experts)
+
     def forward(rounds, inputs, routing):
-        zero = jnp.zeros_like(rounds)
+        zero, narrow = jnp.zeros_like(rounds), with_experts(inputs, inputs[0].dtype)
         first, pull_back = jax.vjp(lambda inputs: one_round(zero, inputs, routing), inputs)
-        y, passes = loop(lambda number: one_round(number, inputs, routing), first, rounds)
-        return (y, jax.lax.pmax(passes, all_axes)), (pull_back, rounds, inputs, routing)
+        y, passes = loop(lambda number: one_round(number, narrow, routing), first, rounds)
+        return (y, jax.lax.pmax(passes, all_axes)), (pull_back, rounds, narrow, routing)
 
     def backward(kept, dy):
-        pull_back, rounds, inputs, routing = kept
+        pull_back, rounds, narrow, routing = kept
 
         def gradients(number):
+            inputs = with_experts(narrow, jnp.float32)
             return widen(jax.vjp(lambda i: one_round(number, i, routing), inputs)[1](dy)[0])
 
         def widen(tree):  # rounds add up in float32
             return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), tree)
 
-        d_inputs = loop(gradients, widen(pull_back(dy)[0]), rounds)
-        return None, jax.tree.map(lambda d, like: d.astype(like.dtype), d_inputs, inputs), None
+        dx, dweights, d_experts = loop(gradients, widen(pull_back(dy)[0]), rounds)
+        return None, (dx.astype(narrow[0].dtype), dweights, d_experts), None
 
     total.defvjp(forward, backward)
     return total(rounds, inputs, routing)

@@ -101,7 +101,7 @@ def swiglu_experts(
     Args:
       x_TD: [rows, model dim].
       weights_TK: [rows, top_k] float32, the gate weights.
-      experts: in x's dtype.
+      experts: float32 of values that x's dtype holds, so that their gradients are float32.
       tiles: all within `num_tiles` tiles of `size` slots.
     """
     num_slots = num_tiles * size
@@ -125,6 +125,7 @@ def _swiglu_experts(x_TD, weights_TK, experts, layout, size):
 
 def _forward(x_TD, weights_TK, experts, layout, size):
     top_k, num_slots = weights_TK.shape[1], len(layout.choice_S)
+    narrow = jax.tree.map(lambda w: w.astype(x_TD.dtype), experts)
 
     def piece(weights, start, rows, filled):
         y_SD, opened_SH = filled
@@ -142,11 +143,11 @@ def _forward(x_TD, weights_TK, experts, layout, size):
 
     widths = x_TD.shape[1], experts.gate_up_EDH.shape[2]
     filled = tuple(_zeros((num_slots, width), x_TD.dtype, x_TD) for width in widths)
-    per_expert = experts, layout.first_E, layout.count_E
+    per_expert = narrow, layout.first_E, layout.count_E
     (y_SD, opened_SH), _ = jax.lax.scan(expert, filled, per_expert)
     # The name lets a rematerialization policy keep it; a loop's results have none of their own.
     opened_SH = checkpoint_name(opened_SH, "expert_gate_up")
-    kept = (x_TD, weights_TK, experts, layout, opened_SH)
+    kept = (x_TD, weights_TK, narrow, layout, opened_SH)
     return slots.sum_of_slots(y_SD, layout.slot_of_TK), kept
 
 
@@ -182,7 +183,7 @@ def _backward(size, kept, dy_TD):
         none = jax.tree.map(lambda w: _zeros(w.shape, jnp.float32, x_TD), weights)
         step = functools.partial(piece, weights)
         *filled, d_experts = _pieces(step, (*filled, none), first, count, size, num_slots)
-        return tuple(filled), jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, weights)
+        return tuple(filled), d_experts
 
     filled = (
         _zeros((num_slots, x_TD.shape[1]), dtype, x_TD),

@@ -29,6 +29,7 @@ from moe_jax.training.checkpoint import Checkpoints, check_writable
 from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training.self_check import check_exchange
 from moe_jax.training.step import Tree, first_state, init_state, make_train_step
 from moe_jax.training.timing import Clock, CompiledByShape, Trace
 
@@ -51,7 +52,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         )
         display.lines(lines)
         mesh = sharding.make_mesh(config.mesh)
-        validation.check_mesh(config, dict(mesh.shape))
+        validation.check_mesh(config, dict(mesh.shape), mesh.devices.flat[0].platform)
         share = sharding.process_share(mesh)
         peak, peak_source = peak_operations(
             list(mesh.devices.flat), jnp.dtype(config.precision.compute_dtype)
@@ -68,6 +69,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
             contextlib.closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
         )
         stack.enter_context(jax.set_mesh(mesh))
+        display.lines(check_exchange(config))
         first_step, data_state, state = start(config, mesh, checkpoints, corpus, display)
         count = count_parameters(state["parameters"], state["router_bias"], config.model)
         display.line(summary.model(count))
@@ -122,7 +124,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
                 if writer:
                     writer.write(row)
                 if metrics["skipped_updates"]:
-                    display.line(f"{metrics['skipped_updates']} updates skipped: not finite")
+                    display.line(summary.skipped(metrics))
                 display.line(summary.step(step, metrics["loss"], speed, mfu, left))
                 display.progress(step, metrics["loss"], speed, mfu, left)
             if step % training.eval_every_steps == 0 or is_last:

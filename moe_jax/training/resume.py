@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import BALANCING, Config, UserError, differing, to_dict
+from moe_jax.config import WEIGHTLESS, Config, UserError, differing, to_dict
 
 FORMAT = 2
 # The batches, the model and the state's names depend on these; anything else may change.
@@ -15,7 +15,7 @@ FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_p
 # Of those, what changes nothing. The corpus itself is compared by its fingerprint.
 FREE = (
     *("config.data.source", "config.data.prefetch", "config.data.skip_invalid"),
-    *(f"config.model.moe.{name}" for name in BALANCING),
+    *(f"config.model.{name}" for name in WEIGHTLESS),
 )
 
 

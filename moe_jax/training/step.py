@@ -35,6 +35,7 @@ def make_model(config: Config) -> Decoder:
         config.model,
         config.precision,
         rematerialization=config.training.rematerialization,
+        split_micro_batch=config.training.split_micro_batch,
         rngs=nnx.Rngs(config.seed),
     )
 
@@ -159,6 +160,7 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
                 "max_violation": jnp.mean(violation_L),
                 "max_violation_worst_layer": jnp.max(violation_L),
                 "dispatch_rounds": jnp.max(routed["moe_blocks"].rounds),
+                "first_router_not_finite": _first_not_finite(routed["moe_blocks"].z),
             }
         dropped = [jnp.sum(stats.dropped) for stats in routed.values()]
         metrics["dropped_tokens"] = sum(dropped, start=jnp.zeros((), jnp.int32))
@@ -213,6 +215,16 @@ def _balance_losses(stats: RoutingStats, scale: Scale, config: Config) -> Metric
         **{name: jnp.sum(x) * scale.sequence for name, x in stats.sequence_losses.items()},
         **{name: x * scale.micro_batch for name, x in of_batch.items()},
     }
+
+
+def _first_not_finite(z_ML: jax.Array) -> jax.Array:
+    """The first routed layer, from 0 on, whose router has a score that is no number; -1 for none.
+
+    Args:
+      z_ML: [micro_batches, layers] float32, `RoutingStats.z`.
+    """
+    bad_L = jnp.any(~jnp.isfinite(z_ML), axis=0)
+    return jnp.where(jnp.any(bad_L), jnp.argmax(bad_L), -1)
 
 
 def _ahead_loss(model: Decoder, hidden_KBLD: jax.Array, batch: Batch) -> jax.Array:

@@ -60,6 +60,12 @@ def step(number: int, loss: float, speed: float, mfu: float, seconds_left: float
     )
 
 
+def skipped(metrics: dict[str, float]) -> str:
+    text = f"{metrics['skipped_updates']} updates skipped: not finite"
+    layer = metrics.get("first_router_not_finite", -1)
+    return text if layer < 0 else f"{text}; scores of the router in routed layer {layer} are not"
+
+
 def ending(config: Config, workdir: Path) -> list[str]:
     lines = [f"written     {workdir}: checkpoints, metrics.jsonl, tensorboard, config.json"]
     stop = config.training.stop_after_step

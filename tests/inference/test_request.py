@@ -169,3 +169,10 @@ def test_a_mesh_that_cannot_be(text: str, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         make_mesh(parse_mesh(text), ModelConfig(moe=MoEConfig(num_experts=16)))
     assert str(error.value) == sentence
+
+
+def test_redundant_experts_divide_over_the_mesh() -> None:
+    config = ModelConfig(moe=MoEConfig(num_experts=16))
+    assert make_mesh(parse_mesh("expert_outer=2,expert=2"), config, 8).size == 4
+    with pytest.raises(UserError, match="are 22, which do not divide over the 4 devices"):
+        make_mesh(parse_mesh("expert_outer=2,expert=2"), config, 6)

@@ -97,6 +97,8 @@ def _of_whole_logits(x, weight, targets, weights, dtype):
         (P("fsdp", "expert"), "float32"),
         (P(None, ("data", "fsdp")), "float32"),
         (P("fsdp"), "bfloat16"),
+        (P("fsdp", "tensor"), "float32"),
+        (P(None, ("context", "tensor")), "bfloat16"),
     ],
 )
 def test_projected_equals_that_of_whole_logits(
@@ -105,7 +107,7 @@ def test_projected_equals_that_of_whole_logits(
     """Chunks of 1, 3, 7 tokens and of all: those of a device divide by none of them."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
     x, weight, targets, weights = _projected_inputs(dtype)
-    mesh = make_mesh(data=1, fsdp=2, expert=2)
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
 
     def ours(x, weight, targets, weights):
         return 3 * projected_cross_entropy(x, weight, targets, weights, jnp.dtype(dtype))
@@ -128,6 +130,23 @@ def test_projected_equals_that_of_whole_logits(
         wanted = np.asarray(wanted, np.float32)
         error = np.abs(np.asarray(gradient, np.float32) - wanted).max() / np.abs(wanted).max()
         assert error < tolerance
+
+
+def test_a_split_vocabulary_stays_split() -> None:
+    """No device gets the weight's other part, nor its logits."""
+    mesh = make_mesh(fsdp=2, tensor=2)
+    inputs = _projected_inputs("float32")
+    with jax.set_mesh(mesh):
+        specs = BATCH, P(None, "tensor"), BATCH, BATCH
+        placed = [
+            jax.device_put(x, jax.NamedSharding(mesh, s))
+            for x, s in zip(inputs, specs, strict=True)
+        ]
+        gradients = jax.grad(projected_cross_entropy, argnums=(0, 1))
+        text = jax.jit(gradients, static_argnums=4).lower(*placed, jnp.dtype("float32"))
+        text = text.compile().as_text()
+    assert f"[20,{16 // 2}]" in text and "[20,16]" not in text
+    assert "all-gather" not in text
 
 
 def test_whole_logits_never_stand_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

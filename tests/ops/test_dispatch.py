@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import make_mesh, quick_jit
+from emulated import make_mesh, quick_jit, ragged_all_to_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
 EXPERTS, TOKENS, TOP_K, DIM, HIDDEN = 8, 32, 2, 6, 5
 NOWHERE = EXPERTS
+EXCHANGES = ("ragged", "padded")
 
 MESHES = [
     {},
@@ -30,6 +31,11 @@ MESHES = [
     {"fsdp": 2, "expert_outer": 2, "expert": 2},
     {"fsdp": 4, "data": 2},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
 
 
 def _one_to(expert: int) -> np.ndarray:
@@ -87,7 +93,11 @@ def _devices(mesh: dict[str, int]) -> int:
 
 @functools.cache
 def _compiled(
-    mesh_items: tuple, buffer_factor: float, experts: int = EXPERTS, dtype: str = "float32"
+    mesh_items: tuple,
+    buffer_factor: float,
+    experts: int = EXPERTS,
+    dtype: str = "float32",
+    exchange: str = "padded",
 ):
     """A function (inputs, ids, direction) -> result, rounds, gradients on a mesh, compiled once."""
     sizes = dict(mesh_items)
@@ -104,6 +114,7 @@ def _compiled(
             axes=EXPERT_AXES,
             all_axes=BATCH_AXES,
             combine_dtype=jnp.dtype(dtype),
+            backends=dispatch.Backends(exchange, "portable"),
         )
         return y, rounds
 
@@ -208,6 +219,32 @@ def test_tiny_buffers_take_many_rounds(mesh: dict[str, int]) -> None:
     # One token at a time, to each group of devices and in it to each device.
     assert rounds["one expert"] == TOKENS // _devices(mesh) * mesh.get("expert_outer", 1)
     assert rounds["padding alone"] == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "factor"),
+    [
+        ({"expert": 4}, 1.0),
+        ({"expert": 2}, 1e-6),
+        ({"fsdp": 2, "expert_outer": 2, "expert": 2}, 1.0),
+    ],
+    ids=str,
+)
+def test_ragged_exchange_equals_reference(mesh: dict[str, int], factor: float) -> None:
+    """A buffer is shared by all sources: no more rounds than with a part for each."""
+    ragged, padded = (_compiled(tuple(mesh.items()), factor, exchange=e) for e in EXCHANGES)
+    for ids in ROUTINGS.values():
+        inputs = _inputs()
+        assert _check(ragged, inputs, ids) <= padded(inputs, ids, np.zeros_like(inputs.x))[1]
+
+
+def test_ragged_buffers_are_shared_by_all_sources() -> None:
+    """One source sends all its tokens to a device to which others send nothing."""
+    inputs, ids = _inputs(), np.full((TOKENS, TOP_K), NOWHERE)
+    ids[: TOKENS // 4, 0] = 7
+    mesh = (("expert", 4),)
+    assert _check(_compiled(mesh, 1.0), inputs, ids) == 2
+    assert _check(_compiled(mesh, 1.0, exchange="ragged"), inputs, ids) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])

@@ -1,5 +1,6 @@
 """One step: the same however the batch is cut and spread, and harmless where it goes wrong."""
 
+import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
@@ -49,6 +50,18 @@ def test_however_it_is_cut_and_spread_the_update_is_the_same(
     assert_close(state, expected_state)
     for name, value in expected_metrics.items():
         if name != "dispatch_rounds":  # buffers follow the tokens of a device
+            assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "expert": 2}], ids=str)
+def test_halves_of_a_micro_batch_make_the_same_update(axes: dict[str, int]) -> None:
+    training = dataclasses.replace(CONFIG.training, split_micro_batch=True)
+    config = dataclasses.replace(CONFIG, training=training)
+    state, metrics = run(make_state(), make_batch(), "full", config, **axes)
+    expected_state, expected_metrics = reference()
+    assert_close(state, expected_state)
+    for name, value in expected_metrics.items():
+        if name != "dispatch_rounds":
             assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
@@ -150,11 +163,13 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: Any, loss_is_finite: 
         jax.tree.map(np.testing.assert_array_equal, new[name], state[name])
     assert new["step"] == state["step"] + 1
     assert metrics["skipped_updates"] == 1
+    assert metrics["first_router_not_finite"] == (-1 if loss_is_finite else 0)
 
     # The next good batch makes the update that was skipped, and no other.
     good = make_state()["parameters"]
     new, metrics = run({**new, "parameters": good}, make_batch())
     assert metrics["skipped_updates"] == 1
+    assert metrics["first_router_not_finite"] == -1
     assert_close({name: new[name] for name in FROZEN}, {n: reference()[0][n] for n in FROZEN})
 
 

@@ -1,0 +1,104 @@
+"""What a run tries on its own devices before it trusts them with a training step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import sharding
+from moe_jax.config import Config, UserError
+from moe_jax.ops import dispatch
+from moe_jax.ops.backends import choose
+from moe_jax.ops.grouped_matmul import Experts
+from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
+
+TOKENS, TOP_K, DIM, HIDDEN = 64, 4, 256, 128  # of a device
+LOCAL_EXPERTS = 4
+# Rows are the same in both forms, and only sums of many lie in another order.
+TOLERANCE = 1e-2
+
+
+def check_exchange(config: Config) -> list[str]:
+    """Compares the ragged exchange's gradients on the current mesh with those of the padded one.
+
+    XLA's one-shot kernels for ragged all-to-all on GPU are reported to have corrupted gradients
+    over eight devices.
+
+    Returns:
+      A line for a person; none where nothing ragged is in use.
+    Raises:
+      UserError: they differ.
+    """
+    backends = config.model.backends
+    shards = sharding.num_shards(dict(jax.sharding.get_abstract_mesh().shape), EXPERT_AXES)
+    if shards == 1 or choose("exchange", backends.exchange) != "ragged":
+        return []
+    products = choose("grouped_matmul", backends.grouped_matmul)
+    dtype = jnp.dtype(config.precision.compute_dtype)
+    difference = largest_difference(shards * LOCAL_EXPERTS, products, dtype)
+    # NaN is no agreement.
+    if not difference <= TOLERANCE:
+        raise UserError(
+            "the ragged exchange of tokens is wrong on these devices: a gradient differs from that "
+            f"of the padded exchange by {difference:.2g} of its largest value; set "
+            "config.model.backends.exchange=padded"
+        )
+    return [f"exchange    ragged; its gradients equal the padded one's within {difference:.1e}"]
+
+
+def largest_difference(num_experts: int, products: str, dtype: jnp.dtype) -> float:
+    """By how much any gradient differs, as a share of the largest value of the padded one's."""
+    mesh = jax.sharding.get_mesh()
+    tokens = TOKENS * sharding.num_shards(dict(mesh.shape), BATCH_AXES)
+    rng = np.random.default_rng(0)
+    # Every other token is routed as the first is, so that buffers overflow.
+    ids_TK = np.stack([rng.permutation(num_experts)[:TOP_K] for _ in range(tokens)])
+    ids_TK[::2] = ids_TK[0]
+    inputs = (
+        rng.normal(size=(tokens, DIM)).astype(dtype),
+        rng.uniform(0.2, 1.0, (tokens, TOP_K)),
+        ids_TK,
+        rng.normal(scale=DIM**-0.5, size=(num_experts, DIM, 2 * HIDDEN)).astype(dtype),
+        rng.normal(scale=HIDDEN**-0.5, size=(num_experts, HIDDEN, DIM)).astype(dtype),
+    )
+    types = (dtype, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    specs = (BATCH, BATCH, BATCH, P(EXPERT_AXES), P(EXPERT_AXES))
+    compare = jax.jit(functools.partial(_difference, products=products, specs=specs))
+    return float(compare(*map(_place, inputs, types, specs)))
+
+
+def _place(x: np.ndarray, dtype: jnp.dtype, spec: P) -> jax.Array:
+    x = x.astype(dtype)
+    where = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def _difference(x, weights, ids, gate_up, down, *, products, specs):
+    def region(exchange, x, weights, ids, *experts):
+        others = tuple(axis for axis in BATCH_AXES if axis not in EXPERT_AXES)
+        return dispatch.apply_experts(
+            x,
+            weights,
+            ids,
+            Experts(*(jax.lax.pcast(w, others, to="varying") for w in experts)),
+            dispatch.Balanced(TOKENS, TOP_K, len(gate_up), 1.0),
+            axes=EXPERT_AXES,
+            all_axes=BATCH_AXES,
+            combine_dtype=jnp.dtype(jnp.float32),
+            backends=dispatch.Backends(exchange, products),
+        )[0]
+
+    def gradients(exchange):
+        apply = jax.shard_map(functools.partial(region, exchange), in_specs=specs, out_specs=BATCH)
+        return jax.grad(
+            lambda x, weights, *experts: jnp.sum(jnp.sin(apply(x, weights, ids, *experts))),
+            argnums=(0, 1, 2, 3),
+        )(x, weights, gate_up, down)
+
+    def differ(ragged, padded):
+        ragged, padded = ragged.astype(jnp.float32), padded.astype(jnp.float32)
+        return jnp.max(jnp.abs(ragged - padded)) / jnp.max(jnp.abs(padded))
+
+    each = map(differ, gradients("ragged"), gradients("padded"))
+    return jnp.max(jnp.stack(list(each)))
