@@ -10,6 +10,7 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
 from moe_jax.layers.linear import Initializer, Linear
 from moe_jax.ops.attention import attention
+from moe_jax.ops.backends import choose
 from moe_jax.ops.cached_attention import grouped_query_attention
 from moe_jax.ops.rope import Rotary, apply_rotary
 
@@ -22,7 +23,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
         sizes, dim = config.attention, config.hidden_size
-        self.sizes, self.rope = sizes, config.rope
+        self.model, self.sizes, self.rope = config, sizes, config.rope
         shared: dict[str, Any] = dict(
             initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
@@ -48,7 +49,8 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[jax.Array, Entries]:
         """The same, and what a cache keeps of each token."""
         query, entries = self._query(x_BLD, rotary), self._entries(x_BLD, rotary)
-        heads = attention(query, entries["key"], entries["value"], segment_ids_BL, self.scale)
+        form = choose(self.model, query.dtype).attention
+        heads = attention(query, entries["key"], entries["value"], segment_ids_BL, self.scale, form)
         return self.output(heads), entries
 
     def decode(

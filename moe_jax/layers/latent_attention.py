@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
 from moe_jax.layers.linear import Initializer, Linear, RMSNorm
 from moe_jax.ops.attention import attention
+from moe_jax.ops.backends import choose
 from moe_jax.ops.cached_attention import absorbed_attention
 from moe_jax.ops.rope import Rotary, apply_rotary, score_correction
 
@@ -27,7 +28,7 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
         sizes, dim = config.attention, config.hidden_size
-        self.sizes, self.rope = sizes, config.rope
+        self.model, self.sizes, self.rope = config, sizes, config.rope
         heads, nope, rope = sizes.num_heads, sizes.qk_nope_head_dim, sizes.qk_rope_head_dim
         shared: dict[str, Any] = dict(
             initializer=Initializer.of(config),
@@ -76,6 +77,7 @@ class LatentAttention(nnx.Module):
             value,
             segment_ids_BL,
             self.scale,
+            choose(self.model, value.dtype).attention,
         )
         return self.output(heads), entries
 

@@ -71,7 +71,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, *, rngs: nnx.Rngs):
         moe, dim = config.moe, config.hidden_size
         self.config = moe
-        self.backends = config.backends
+        self.model = config
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.router = Router(config, rngs=rngs)
@@ -180,10 +180,7 @@ class MoE(nnx.Module):
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
-                backends=dispatch.Backends(
-                    choose("exchange", self.backends.exchange),
-                    choose("grouped_matmul", self.backends.grouped_matmul),
-                ),
+                backends=choose(self.model, self.dtype),
             )
         dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
         load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(

@@ -11,12 +11,14 @@ heads per key/value head, Q query/key head dim, V value head dim, m positions of
 """
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.ops.attention_kernels import local_attention
 from moe_jax.sharding import BATCH, BATCH_AXES, P
 
 BLOCK = 256
@@ -41,6 +43,7 @@ def attention(
     v_BLGV: jax.Array,
     segment_ids_BL: jax.Array,
     scale: float,
+    backend: str = "portable",
 ) -> jax.Array:
     """softmax(scale * q k^T) v over earlier positions of the same segment.
 
@@ -53,10 +56,15 @@ def attention(
       v_BLGV: [batch, length, key/value heads, v dim]; its head dim may differ.
       segment_ids_BL: [batch, length] int32; a position attends to its own id only.
       scale: factor on the scores.
+      backend: "portable" (plain JAX), "tpu" or "gpu" (Pallas kernels).
     Returns:
       [batch, length, heads, v dim] in v's dtype.
     """
-    local = functools.partial(_local_attention, scale=scale)
+    if backend == "portable":
+        local = functools.partial(_local_attention, scale=scale)
+    else:  # Imported only where it is needed: Pallas takes a while.
+        kernels = importlib.import_module(f"moe_jax.ops.attention_{backend}").KERNELS
+        local = functools.partial(local_attention, scale=scale, kernels=kernels)
     return jax.shard_map(local, in_specs=(BATCH, BATCH, BATCH, BATCH), out_specs=BATCH)(
         q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL
     )

@@ -22,14 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops import exchange, grouped_matmul, slots
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_matmul import Experts
-
-
-class Backends(NamedTuple):
-    """Of `ops/backends.py`, chosen."""
-
-    exchange: str
-    grouped_matmul: str
 
 
 class Balanced(NamedTuple):
@@ -127,7 +121,8 @@ def _apply_here(
     """The same on one device that has all the experts in question."""
     num_experts, choices = len(experts.down_EFD), expert_ids_TK.size
     load = balanced.choices(1)
-    size = grouped_matmul.tile_size(load)
+    backend = backends.grouped_matmul
+    size = grouped_matmul.tile_size(load, backend)
     most = choices // size + min(choices, num_experts)
     wanted = math.ceil(balanced.buffer_factor * num_experts * load / size) + num_experts
     num_tiles = min(most, wanted)
@@ -136,7 +131,9 @@ def _apply_here(
     def one_round(number, inputs, tiles):
         x_TD, weights_TK, experts = inputs
         here = tiles.window(number * num_tiles, num_tiles, size)
-        y_TD = grouped_matmul.swiglu_experts(x_TD, weights_TK, experts, here, num_tiles, size)
+        y_TD = grouped_matmul.swiglu_experts(
+            x_TD, weights_TK, experts, here, num_tiles, size, backend
+        )
         return y_TD.astype(combine_dtype), jnp.ones((), jnp.int32)
 
     inputs = x_TD, weights_TK, experts

@@ -24,6 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.ops import slots
 
 LARGEST_PIECE = 512
+# Of a tile by backend: the smallest, the largest, and how many would be enough for an expert. A
+# matrix unit of a TPU wants long tiles; the GPU's kernels have blocks of this very size.
+TILE_SIZES = {"portable": (8, 64, 16), "tpu": (128, 512, 32), "gpu": (128, 128, 1)}
 
 
 class Experts(NamedTuple):
@@ -62,10 +65,10 @@ class Tiles(NamedTuple):
         return Tiles(jnp.where(inside, slot_of_TK, -1), first_E, end_E - first_E)
 
 
-def tile_size(balanced_load: float) -> int:
+def tile_size(balanced_load: float, backend: str = "portable") -> int:
     """Slots of a tile for experts of so many rows each: small beside it, and a power of two."""
-    size = 8
-    while size < 64 and size * 16 < balanced_load:
+    size, largest, tiles = TILE_SIZES[backend]
+    while size < largest and size * tiles < balanced_load:
         size *= 2
     return size
 
@@ -93,6 +96,7 @@ def swiglu_experts(
     tiles: Tiles,
     num_tiles: int,
     size: int,
+    backend: str = "portable",
 ) -> jax.Array:
     """The sum over a row's choices of down(weight * silu(gate(x)) * up(x)): [T, D] float32.
 
@@ -103,7 +107,15 @@ def swiglu_experts(
       weights_TK: [rows, top_k] float32, the gate weights.
       experts: float32 of values that x's dtype holds, so that their gradients are float32.
       tiles: all within `num_tiles` tiles of `size` slots.
+      backend: "portable" (the loop below), "tpu" or "gpu" (kernels).
     """
+    if backend != "portable":
+        from moe_jax.ops import grouped_kernels  # which needs the names of this file
+
+        products = grouped_kernels.products_of(backend)
+        return grouped_kernels.swiglu_experts(
+            x_TD, weights_TK, experts, tiles, num_tiles, size, products
+        )
     num_slots = num_tiles * size
     slot_of_TK = jnp.where(tiles.slot_of_TK < 0, num_slots, tiles.slot_of_TK)
     choice_S = slots.choice_of_slot(slot_of_TK, num_slots)

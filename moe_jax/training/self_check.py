@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.config import Config, UserError
 from moe_jax.ops import dispatch
-from moe_jax.ops.backends import choose
+from moe_jax.ops.backends import Backends, choose
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
@@ -30,13 +30,12 @@ def check_exchange(config: Config) -> list[str]:
     Raises:
       UserError: they differ.
     """
-    backends = config.model.backends
-    shards = sharding.num_shards(dict(jax.sharding.get_abstract_mesh().shape), EXPERT_AXES)
-    if shards == 1 or choose("exchange", backends.exchange) != "ragged":
-        return []
-    products = choose("grouped_matmul", backends.grouped_matmul)
     dtype = jnp.dtype(config.precision.compute_dtype)
-    difference = largest_difference(shards * LOCAL_EXPERTS, products, dtype)
+    backends = choose(config.model, dtype)
+    shards = sharding.num_shards(dict(jax.sharding.get_abstract_mesh().shape), EXPERT_AXES)
+    if shards == 1 or backends.exchange != "ragged":
+        return []
+    difference = largest_difference(shards * LOCAL_EXPERTS, backends.grouped_matmul, dtype)
     # NaN is no agreement.
     if not difference <= TOLERANCE:
         raise UserError(
@@ -86,7 +85,7 @@ def _difference(x, weights, ids, gate_up, down, *, products, specs):
             axes=EXPERT_AXES,
             all_axes=BATCH_AXES,
             combine_dtype=jnp.dtype(jnp.float32),
-            backends=dispatch.Backends(exchange, products),
+            backends=Backends(exchange=exchange, grouped_matmul=products),
         )[0]
 
     def gradients(exchange):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.ops import dispatch, grouped_matmul
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
@@ -114,7 +115,7 @@ def _compiled(
             axes=EXPERT_AXES,
             all_axes=BATCH_AXES,
             combine_dtype=jnp.dtype(dtype),
-            backends=dispatch.Backends(exchange, "portable"),
+            backends=Backends(exchange=exchange),
         )
         return y, rounds
 
@@ -250,7 +251,7 @@ def test_ragged_buffers_are_shared_by_all_sources() -> None:
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_surplus_tiles_go_in_further_rounds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that gets twice its share of choices, in buffers that hold one."""
-    monkeypatch.setattr(grouped_matmul, "tile_size", lambda load: size)
+    monkeypatch.setattr(grouped_matmul, "tile_size", lambda load, backend: size)
     _compiled.cache_clear()
     run = _compiled((("expert", 2),), 1.0)
     both_here = np.tile([4, 5], (TOKENS, 1))

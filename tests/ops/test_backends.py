@@ -1,0 +1,53 @@
+"""Forms of operations by the platform that is compiled for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from emulated import make_mesh
+
+from moe_jax.config import BackendConfig, ModelConfig, MoEConfig
+from moe_jax.ops.backends import Backends, choose
+
+CONFIG = ModelConfig(hidden_size=128, moe=MoEConfig(intermediate_size=64))
+BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+PORTABLE = Backends("portable", "portable", "padded")
+
+
+def _choose(platform: str, kind: str, config: ModelConfig = CONFIG, dtype=BF16) -> Backends:
+    device = jax.sharding.AbstractDevice(kind, None, platform)
+    mesh = make_mesh().abstract_mesh.update(abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return choose(config, dtype)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "expected"),
+    [
+        ("cpu", "cpu", PORTABLE),
+        ("tpu", "TPU v5", Backends("tpu", "tpu", "ragged")),
+        ("gpu", "NVIDIA H100 80GB HBM3", Backends("gpu", "gpu", "ragged")),
+        # The kernels of grouped products are for Hopper.
+        ("gpu", "NVIDIA A100-SXM4-40GB", Backends("gpu", "portable", "ragged")),
+    ],
+)
+def test_auto_follows_the_mesh(platform: str, kind: str, expected: Backends) -> None:
+    assert _choose(platform, kind) == expected
+
+
+def test_what_the_kernels_cannot_take_goes_the_portable_way() -> None:
+    hopper = "gpu", "NVIDIA H200"
+    assert _choose(*hopper, dtype=F32).grouped_matmul == "portable"
+    narrow = dataclasses.replace(CONFIG, hidden_size=96)
+    assert _choose(*hopper, narrow).grouped_matmul == "portable"
+
+
+def test_what_is_wanted_is_taken() -> None:
+    wanted = BackendConfig(attention="portable", grouped_matmul="gpu", exchange="padded")
+    config = dataclasses.replace(CONFIG, backends=wanted)
+    assert _choose("tpu", "TPU v5", config) == Backends("portable", "gpu", "padded")
+
+
+def test_without_a_mesh_everything_is_portable() -> None:
+    assert choose(CONFIG, BF16) == PORTABLE
