@@ -28,14 +28,17 @@ MEMORY = {
 }
 
 
-def serve(run: Callable[[], object], facts: dict) -> None:
-    """The contender's end: warms up, says its facts, and times `run` for each line it gets."""
+def serve(run: Callable[..., object], facts: dict) -> None:
+    """The contender's end: warms up, says its facts, and times `run` for each line it gets.
+
+    The words of a line are the run's arguments.
+    """
     for _ in range(3):
         run()
     print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         start = time.perf_counter()
-        run()
+        run(*line.split())
         print(time.perf_counter() - start, flush=True)
 
 
@@ -61,12 +64,15 @@ class Contender:
             stderr=self._errors,
             text=True,
         )
-        self.facts = json.loads(self._read())
+        line = self._read()
+        while not line.startswith("{"):  # some libraries greet when they are imported
+            line = self._read()
+        self.facts = json.loads(line)
 
-    def turn(self) -> float:
+    def turn(self, *arguments: str) -> float:
         """Seconds of one run."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(" ".join(arguments) + "\n")
         self._process.stdin.flush()
         return float(self._read())
 
