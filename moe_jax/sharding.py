@@ -82,6 +82,12 @@ def parameter_spec(shape: Sequence[int], logical_axes: Sequence[str | None]) -> 
     return P(*spec)
 
 
+def split_axes(spec: P, dim: int) -> tuple[str, ...]:
+    """The mesh axes that split a dim of an array with this sharding."""
+    axes = spec[dim] if dim < len(spec) else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def gather(parameter: jax.Array) -> jax.Array:
     """The whole parameter on every device, just before its use."""
     return jax.sharding.reshard(parameter, P())
@@ -104,10 +110,17 @@ def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     Its transpose reduces a gradient over all of them, once and wherever the parts are used: first
     scattered along `spec`, so that only a part is summed over the other axes.
     """
-    varying = jax.typeof(shard).manual_axis_type.varying
+    return gather_over(vary(shard), spec, keep=keep)
+
+
+def vary(x: jax.Array) -> jax.Array:
+    """Inside a `shard_map`: x as a type that varies over the batch's axes.
+
+    Its transpose sums a gradient over those over which x did not vary.
+    """
+    varying = jax.typeof(x).manual_axis_type.varying
     missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
-    shard = jax.lax.pcast(shard, missing, to="varying") if missing else shard
-    return gather_over(shard, spec, keep=keep)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax import sharding
 from moe_jax.config import ModelConfig
 from moe_jax.ops.weight_product import weight_product
-from moe_jax.sharding import P
+from moe_jax.sharding import BATCH, P
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +112,25 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, (vocab_size, dim), (None, "embed"), initializer, dim)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # The cast comes last: the gradient adds up over a token's many occurrences, in float32.
-        table = sharding.gather(self.weight[...])
-        spec = jax.typeof(tokens).sharding.spec
-        return table.at[tokens].get(out_sharding=P(*spec, None)).astype(self.dtype)
+        table = self.weight[...]
+        spec = jax.typeof(table).sharding.spec
+
+        def look_up(part, tokens):
+            """Each device looks up its part of the vectors of all tokens, and gives them away.
+
+            Tokens and vectors travel, and never the table; nor does its gradient, which adds up
+            over a token's many occurrences in float32: the cast comes behind the look-up.
+            """
+            axes, part = sharding.split_axes(spec, 1), sharding.vary(part)
+            if jax.lax.axis_size(axes) == 1:
+                return part.at[tokens].get().astype(self.dtype)
+            tokens = jax.lax.all_gather(tokens, axes, tiled=True)
+            vectors = part.at[tokens].get().astype(self.dtype)
+            return jax.lax.all_to_all(
+                vectors, axes, split_axis=0, concat_axis=vectors.ndim - 1, tiled=True
+            )
+
+        return jax.shard_map(look_up, in_specs=(spec, BATCH), out_specs=BATCH)(table, tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x times the transposed table, for tied embeddings: [..., dim] to [..., vocab] float32."""

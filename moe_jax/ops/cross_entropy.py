@@ -87,10 +87,9 @@ projected_cross_entropy.defvjp(_forward, _backward)
 def _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, *, gradients):
     """The loss; the gradients of x and weight, if wanted."""
     spec = jax.typeof(weight_DV).sharding.spec
-    dim_axes, axes = (*spec, None, None)[:2]
-    axes = (axes,) if isinstance(axes, str) else axes or ()
+    axes = sharding.split_axes(spec, 1)
     vocab_axes = axes if not set(axes) & set(BATCH_AXES) else ()
-    gathered = P(dim_axes, None if vocab_axes else axes)
+    gathered = P(sharding.split_axes(spec, 0), () if vocab_axes else axes)
     gather = functools.partial(sharding.gather_varying, spec=gathered)
 
     def region(x_BLD, shard, targets_BL, weights_BL):
