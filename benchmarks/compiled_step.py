@@ -139,6 +139,8 @@ def _details(row: dict) -> list[str]:
     sent = sum(c["bytes"] * c["times"] for c in small)
     runs = sum(c["times"] for c in small)
     lines.append(f"\nAnd {runs:g} small ones of {sent / 1e3:.0f} kB in all.")
+    for loop in row["loops_not_counted"]:
+        lines.append(f"\nNot counted, since the data decide how often it runs: `{loop}`.")
     for kernel in row["kernels_not_counted"]:
         lines.append(f"\nNot counted, since its author declares nothing: `{kernel}`.")
     return lines

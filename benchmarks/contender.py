@@ -4,6 +4,7 @@ Of the standard library alone, so that it works in a peer's environment too.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+# Memory in huge pages, and kept from step to step: otherwise temporary memory is new in each, and a
+# fifth of the time goes into the kernel's handing it out in pages of 4 KiB. For all alike.
+MEMORY = {
+    "GLIBC_TUNABLES": ":".join(
+        [
+            "glibc.malloc.hugetlb=1",
+            "glibc.malloc.mmap_max=0",
+            "glibc.malloc.trim_threshold=17179869184",
+            "glibc.malloc.arena_max=1",
+        ]
+    )
+}
 
 
 def serve(run: Callable[..., object], facts: dict) -> None:
@@ -44,6 +58,7 @@ class Contender:
         self._process = subprocess.Popen(
             [python, "-m", *arguments],
             cwd=ROOT,
+            env=MEMORY | os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

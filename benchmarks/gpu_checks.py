@@ -17,6 +17,7 @@ from benchmarks import gpu_products, gpu_step
 from moe_jax import config as configs
 from moe_jax import sharding
 from moe_jax.ops import attention
+from moe_jax.ops.backends import choose
 from moe_jax.ops.grouped_matmul_gpu import TILE_SIZE
 
 NARROW, WIDE = 1e-2, 1e-3  # allowed of results in bfloat16 and in float32
@@ -92,7 +93,8 @@ def attentions(quick: bool) -> list[dict]:
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, sharding.BATCH)
         q, k, v, weights, segment_ids = jax.device_put((q, k, v, weights, segment_ids), rows)
-        found = run(attention.attention, q, k, v)
+        form = choose(configs.ModelConfig(), q.dtype).attention
+        found = run(functools.partial(attention.attention, backend=form), q, k, v)
         with jax.default_matmul_precision("highest"):
             wide = (z.astype(jnp.float32) for z in (q, k, v))
             expected = run(attention.attention_reference, *wide)

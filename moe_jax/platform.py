@@ -21,16 +21,19 @@ XLA_GPU_FLAGS = {
     "xla_gpu_enable_pipelined_all_gather": "true",
     "xla_gpu_enable_pipelined_reduce_scatter": "true",
     "xla_gpu_enable_pipelined_all_reduce": "true",
+    # Products of the same weight stay apart, so that one can run while the other's rows travel.
+    "xla_gpu_dot_merger_threshold_mb": "0",
     # XLA's own kernels for it are reported to corrupt gradients (JAX 0.11); this replaces them by
     # dense collectives.
     "xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": "true",
 }
+# What runs beside the tensor core: exchanges by themselves, weights and gradients on the sparse
+# cores. Fusing all-gathers with products instead is refused by libtpu 0.0.52 on v5p, v6e and TPU7x.
 LIBTPU_FLAGS = {
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_enable_async_all_to_all": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
 }
 # The platform, the environment variable that its compiler reads, and our flags.
 FLAGS = {

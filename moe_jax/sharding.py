@@ -93,7 +93,7 @@ def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     Its transpose is the reduce-scatter that a gradient needs.
     """
     for dim, axes in enumerate(spec):
-        if dim >= keep and axes:
+        if dim >= keep and axes and jax.lax.axis_size(axes) > 1:  # over one, it would be a copy
             shard = jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
     return shard
 
@@ -101,12 +101,13 @@ def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
 def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     """`gather_over`, of a type that varies over the batch's axes.
 
-    Its transpose reduces a gradient over all of them, once and wherever the parts are used.
+    Its transpose reduces a gradient over all of them, once and wherever the parts are used: first
+    scattered along `spec`, so that only a part is summed over the other axes.
     """
-    shard = gather_over(shard, spec, keep=keep)
     varying = jax.typeof(shard).manual_axis_type.varying
     missing = tuple(axis for axis in BATCH_AXES if axis not in varying)
-    return jax.lax.pcast(shard, missing, to="varying") if missing else shard
+    shard = jax.lax.pcast(shard, missing, to="varying") if missing else shard
+    return gather_over(shard, spec, keep=keep)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -41,6 +41,12 @@ def test_routings_of_a_case_have_its_rows_in_its_tiles(case):
         assert gpu_products.tiles_of(rows_E, num_tiles)[1] <= num_tiles
 
 
+def test_a_part_that_takes_too_long_is_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "SECONDS", 0)
+    assert gpu.Parts(quick=True).run("a part", sys.executable, "benchmarks.gpu_checks") is None
+    assert capsys.readouterr().out == "a part: left out: it was not done in 1 seconds\n"
+
+
 def test_a_part_that_fails_is_left_out_with_its_last_line(capsys):
     parts = gpu.Parts(quick=True)
     assert parts.run("a part", sys.executable, "benchmarks.no_such_part") is None

@@ -174,7 +174,7 @@ def test_the_users_flags_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(variable, f"--{first}=false --of_the_user=1")
     lines = platform.start(MeshConfig())
 
-    added = " ".join(f"--{other}=true" for other in others)
+    added = " ".join(f"--{other}={flags[other]}" for other in others)
     assert os.environ[variable] == f"{added} --{first}=false --of_the_user=1"
     assert lines == [f"platform: {name}", f"{variable}: added {added}"]
 

@@ -1,18 +1,19 @@
 """Causal attention within documents.
 
-The row is cut into blocks. A loop runs over the pairs of a query block and a key block that
-causality and documents leave, so memory grows with the length and not with its square, and many
-short documents in a long row cost the sum of their squares. The softmax is built up over key
-blocks, and the backward pass computes it again from its normalizer (Dao et al. 2022, algorithms 1
-and 4).
+Rows are cut into blocks. For each query block, a loop runs over the key blocks that causality and
+documents leave, so memory grows with the length and not with its square, and many short documents
+in a long row cost the sum of their squares. The softmax is built up over key blocks. The backward
+pass runs over key blocks, and for each over the query blocks that see it; it computes the softmax
+again from its normalizer (Dao et al. 2022, algorithms 1 and 4).
 
-Shapes: B batch, L and M query and key length, H query heads, G key/value heads, R = H / G query
-heads per key/value head, Q query/key head dim, V value head dim, m positions of a block.
+Shapes: B batch, H query heads, G key/value heads, R = H / G query heads per key/value head, Q
+query/key head dim, V value head dim; N blocks of all rows, A rows that are taken together (one but
+where they are short), L and M queries and keys of a block; L in B L is the length of a row.
 """
 
 import functools
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.ops.attention_kernels import local_attention
 from moe_jax.sharding import BATCH, BATCH_AXES, P
 
-BLOCK = 256
+BLOCK = 512  # positions of a block; fewer with many heads
+SCORES = 2**20  # of rows that are taken together, if each is one block
 LOWEST = -1e30  # stands for -inf where a difference of two would be no number
-
-
-class Pairs(NamedTuple):
-    """The pairs of blocks to compute: row, query block and key block [pairs] int32; count [].
-
-    Pairs past the count are of no use.
-    """
-
-    row: jax.Array
-    query: jax.Array
-    key: jax.Array
-    count: jax.Array
 
 
 def attention(
@@ -71,142 +61,145 @@ def attention(
 
 
 def _local_attention(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, *, scale):
-    """One device's rows, with heads in front and the length filled up to whole blocks."""
+    """One device's rows, cut into blocks."""
     batch, length, heads, _ = q_BLHQ.shape
-    groups, block = k_BLGQ.shape[2], min(BLOCK, length)
+    groups, block = k_BLGQ.shape[2], _block(length, heads)
+    blocks = -(-length // block)
+    rows = _rows_at_once(batch, heads * block**2) if blocks == 1 else 1
 
-    def blocks_first(x, *heads):
-        x = jnp.pad(x, [(0, 0), (0, -length % block)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x, 1, -2).reshape(batch, *heads, x.shape[1], x.shape[-1])
+    def cut(x_BL, *heads):
+        x = jnp.pad(x_BL, [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x_BL.ndim - 2))
+        x = x.reshape(-1, rows, blocks, block, *heads, *x.shape[3:])
+        x = jnp.moveaxis(jnp.moveaxis(x, 2, 1), 3, 3 + len(heads))
+        return x.reshape(-1, rows, *x.shape[3:])
 
-    q_BGRLQ = blocks_first(q_BLHQ, groups, heads // groups)
-    k_BGLQ, v_BGLV = blocks_first(k_BLGQ, groups), blocks_first(v_BLGV, groups)
-    segment_ids_BL = jnp.pad(segment_ids_BL, [(0, 0), (0, -length % block)])
     # What a custom gradient returns, no type says.
-    values: Any = _blockwise(q_BGRLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block)
-    values = values.reshape(batch, heads, *values.shape[-2:])[:, :, :length]
-    return jnp.moveaxis(values, 1, 2)
+    values: Any = _blockwise(
+        cut(q_BLHQ, groups, heads // groups),
+        cut(k_BLGQ, groups),
+        cut(v_BLGV, groups),
+        cut(segment_ids_BL),
+        scale,
+        blocks,
+    )
+    values = values.reshape(-1, blocks, rows, heads, block, values.shape[-1])
+    values = jnp.moveaxis(jnp.moveaxis(values, 1, 2), 4, 3)
+    return values.reshape(batch, blocks * block, heads, -1)[:, :length]
+
+
+def _block(length: int, heads: int) -> int:
+    """Positions of a block: few enough for a pair's scores to stay in the caches."""
+    block = BLOCK
+    while block > 128 and heads * block**2 > 4 * SCORES:
+        block //= 2
+    return min(block, length)
+
+
+def _rows_at_once(batch: int, scores: int) -> int:
+    """How many rows to take together, if each has so many scores."""
+    fit = max(1, SCORES // scores)
+    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= fit)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blockwise(q_BGRLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block):
-    """[B, G, R, L, V] in v's dtype."""
-    return _forward(q_BGRLQ, k_BGLQ, v_BGLV, segment_ids_BL, scale, block)[0]
+def _blockwise(q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, scale, blocks):
+    """[N, A, G, R, L, V] in v's dtype."""
+    return _forward(q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, scale, blocks)[0]
 
 
-def _forward(q, k, v, segment_ids, scale, block):
-    pairs = _pairs(segment_ids, block)
-    sums = _zeros((*q.shape[:-1], v.shape[-1]))
-    normalizers, highest = _zeros(q.shape[:-1]), _zeros(q.shape[:-1]) + LOWEST
+def _forward(q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, scale, blocks):
+    def of_query(_, inputs):
+        number, first, q = inputs
+        sums, normalizers = _zeros((*q.shape[:-1], v_NAGMV.shape[-1])), _zeros(q.shape[:-1])
 
-    def add(number, carry):
-        sums, normalizers, highest = carry
-        row, i, j = pairs.row[number], pairs.query[number], pairs.key[number]
-        at_query = functools.partial(_block, row=row, number=i, block=block)
-        at_key = functools.partial(_block, row=row, number=j, block=block)
-        scores = _dot("grlq,gmq->grlm", at_query(q), at_key(k)) * scale
-        seen = _seen(segment_ids, row, i, j, block)
-        old = at_query(highest, last=True)
-        new = jnp.maximum(old, jnp.max(jnp.where(seen, scores, LOWEST), axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
-        kept = jnp.exp(old - new)
-        value = _dot("grlm,gmv->grlv", weights.astype(v.dtype), at_key(v))
-        normalizer = kept * at_query(normalizers, last=True) + jnp.sum(weights, axis=-1)
-        put = functools.partial(_put, row=row, number=i, block=block)
-        return (
-            put(sums, kept[..., None] * at_query(sums) + value),
-            put(normalizers, normalizer, last=True),
-            put(highest, new, last=True),
-        )
+        def add(key, carry):
+            sums, normalizers, highest = carry
+            mask = _mask(ids_NAL, number, key)[:, None, None]
+            scores = _dot("agrlq,agmq->agrlm", q, k_NAGMQ[key]) * scale + mask
+            new = jnp.maximum(highest, jnp.max(scores, axis=-1))
+            # Of a query that has seen no key yet these are of no use, and go when it sees one.
+            weights = jnp.exp(scores - new[..., None])
+            kept = jnp.exp(highest - new)
+            values = _dot("agrlm,agmv->agrlv", weights.astype(v_NAGMV.dtype), v_NAGMV[key])
+            normalizers = kept * normalizers + jnp.sum(weights, axis=-1)
+            return kept[..., None] * sums + values, normalizers, new
 
-    start = (sums, normalizers, highest)
-    sums, normalizers, highest = jax.lax.fori_loop(0, pairs.count, add, start)
-    values = (sums / normalizers[..., None]).astype(v.dtype)
+        start = sums, normalizers, normalizers + LOWEST
+        sums, normalizers, highest = jax.lax.fori_loop(first, number + 1, add, start)
+        values = (sums / normalizers[..., None]).astype(v_NAGMV.dtype)
+        return None, (values, highest + jnp.log(normalizers))
+
+    numbers, first_N, _ = _ranges(ids_NAL, blocks)
+    _, kept = jax.lax.scan(of_query, None, (numbers, first_N, q_NAGRLQ))
     # Names let a rematerialization policy keep them; a loop's results have none of their own.
-    log_normalizers = checkpoint_name(highest + jnp.log(normalizers), "attention")
-    values = checkpoint_name(values, "attention")
-    return values, (q, k, v, segment_ids, values, log_normalizers)
+    values, log_normalizers = checkpoint_name(kept, "attention")
+    return values, (q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, values, log_normalizers)
 
 
-def _backward(scale, block, kept, d_values):
-    q, k, v, segment_ids, values, log_normalizers = kept
-    pairs = _pairs(segment_ids, block)
+def _backward(scale, blocks, kept, d_values_NAGRLV):
+    q_NAGRLQ, k_NAGMQ, v_NAGMV, ids_NAL, values, log_normalizers = kept
     # The softmax's own gradient needs this sum over keys, which is one over v's dims as well.
-    deltas = jnp.sum(d_values.astype(jnp.float32) * values.astype(jnp.float32), axis=-1)
+    deltas = jnp.sum(d_values_NAGRLV.astype(jnp.float32) * values.astype(jnp.float32), axis=-1)
 
-    def add(number, carry):
-        dq, dk, dv = carry
-        row, i, j = pairs.row[number], pairs.query[number], pairs.key[number]
-        at_query = functools.partial(_block, row=row, number=i, block=block)
-        at_key = functools.partial(_block, row=row, number=j, block=block)
-        q_i, k_j, d_values_i = at_query(q), at_key(k), at_query(d_values)
-        scores = _dot("grlq,gmq->grlm", q_i, k_j) * scale
-        exponents = scores - at_query(log_normalizers, last=True)[..., None]
-        weights = jnp.where(_seen(segment_ids, row, i, j, block), jnp.exp(exponents), 0.0)
-        d_weights = _dot("grlv,gmv->grlm", d_values_i, at_key(v))
-        d_scores = weights * (d_weights - at_query(deltas, last=True)[..., None]) * scale
-        d_scores, weights = d_scores.astype(q.dtype), weights.astype(v.dtype)
-        put_query = functools.partial(_put, row=row, number=i, block=block)
-        put_key = functools.partial(_put, row=row, number=j, block=block)
-        return (
-            put_query(dq, at_query(dq) + _dot("grlm,gmq->grlq", d_scores, k_j)),
-            put_key(dk, at_key(dk) + _dot("grlm,grlq->gmq", d_scores, q_i)),
-            put_key(dv, at_key(dv) + _dot("grlm,grlv->gmv", weights, d_values_i)),
-        )
+    def of_key(dq_NAGQRL, inputs):
+        number, last, k, v = inputs
+        k_transposed = jnp.swapaxes(k, -1, -2)
 
-    start = (_zeros(q.shape), _zeros(k.shape), _zeros(v.shape))
-    dq, dk, dv = jax.lax.fori_loop(0, pairs.count, add, start)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+        # Scores lie keys first: so each product has its operands as they lie.
+        def add(query, carry):
+            dq_NAGQRL, dk, dv = carry
+            q, d_values = q_NAGRLQ[query], d_values_NAGRLV[query]
+            mask = jnp.swapaxes(_mask(ids_NAL, query, number), 1, 2)[:, None, :, None]
+            scores = _dot("agmq,agrlq->agmrl", k, q) * scale + mask
+            weights = jnp.exp(scores - log_normalizers[query][:, :, None])
+            d_weights = _dot("agmv,agrlv->agmrl", v, d_values)
+            d_scores = weights * (d_weights - deltas[query][:, :, None]) * scale
+            d_scores, weights = d_scores.astype(k.dtype), weights.astype(v.dtype)
+            return (
+                dq_NAGQRL.at[query].add(_dot("agqm,agmrl->agqrl", k_transposed, d_scores)),
+                dk + _dot("agmrl,agrlq->agmq", d_scores, q),
+                dv + _dot("agmrl,agrlv->agmv", weights, d_values),
+            )
+
+        start = dq_NAGQRL, _zeros(k.shape), _zeros(v.shape)
+        dq_NAGQRL, dk, dv = jax.lax.fori_loop(number, last + 1, add, start)
+        return dq_NAGQRL, (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    numbers, _, last_N = _ranges(ids_NAL, blocks)
+    dq_NAGQRL = _zeros(jnp.moveaxis(q_NAGRLQ, -1, 3).shape)
+    dq_NAGQRL, (dk, dv) = jax.lax.scan(of_key, dq_NAGQRL, (numbers, last_N, k_NAGMQ, v_NAGMV))
+    return jnp.moveaxis(dq_NAGQRL, 3, -1).astype(q_NAGRLQ.dtype), dk, dv, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _pairs(segment_ids_BL: jax.Array, block: int) -> Pairs:
-    """The pairs of blocks in which some query may see some key: ranges of segment ids that meet."""
-    batch, length = segment_ids_BL.shape
+def _ranges(ids_NAL: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each block its number, the first key block that it needs, and the last that needs it.
+
+    [N] int32 each. Two blocks need each other where their ranges of segment ids meet, in any of
+    the rows.
+    """
     # Padding closes a row, so it counts as the last document.
-    ids = jnp.where(segment_ids_BL == 0, jnp.iinfo(jnp.int32).max, segment_ids_BL)
-    ids_BNm = ids.reshape(batch, length // block, block)
-    low, high = jnp.min(ids_BNm, axis=-1), jnp.max(ids_BNm, axis=-1)
+    ids = jnp.where(ids_NAL == 0, jnp.iinfo(jnp.int32).max, ids_NAL)
+    ids = ids.reshape(-1, blocks, *ids.shape[1:])
+    low, high = jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
     meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-    needed = meet & jnp.tril(jnp.ones(meet.shape[1:], jnp.bool))
-    # The needed ones first, in order.
-    chosen = jnp.argsort(~needed.reshape(-1), stable=True).astype(jnp.int32)
-    row, query, key = jnp.unravel_index(chosen, needed.shape)
-    return Pairs(row, query, key, jnp.sum(needed, dtype=jnp.int32))
+    needed = jnp.any(meet, axis=-1) & jnp.tril(jnp.ones((blocks, blocks), jnp.bool))
+    start = jnp.arange(len(ids), dtype=jnp.int32)[:, None] * blocks
+    first = jnp.argmax(needed, axis=2).astype(jnp.int32)
+    last = blocks - 1 - jnp.argmax(needed[:, ::-1], axis=1).astype(jnp.int32)
+    numbers = jnp.arange(len(ids_NAL), dtype=jnp.int32)
+    return numbers, (start + first).reshape(-1), (start + last).reshape(-1)
 
 
-def _seen(segment_ids_BL, row, i, j, block):
-    """Which keys of block j each query of block i sees: [m, m] bool."""
-
-    def of(number):
-        ids = jax.lax.dynamic_slice(segment_ids_BL, (row, number * block), (1, block))[0]
-        return ids, number * block + jnp.arange(block)
-
-    (query_ids, query_places), (key_ids, key_places) = of(i), of(j)
-    same = query_ids[:, None] == key_ids
-    return same & (query_places[:, None] >= key_places)
-
-
-def _place(x, row, number, block, last):
-    """Where the block starts in x, whose length is its last dim or the one before."""
-    dim = x.ndim - (1 if last else 2)
-    start = [jnp.zeros_like(row)] * x.ndim
-    start[0], start[dim] = row, number * block
-    return start, dim
-
-
-def _block(x, *, row, number, block, last=False):
-    start, dim = _place(x, row, number, block, last)
-    sizes = list(x.shape)
-    sizes[0], sizes[dim] = 1, block
-    return jax.lax.dynamic_slice(x, start, sizes)[0]
-
-
-def _put(x, value, *, row, number, block, last=False):
-    start, _ = _place(x, row, number, block, last)
-    return jax.lax.dynamic_update_slice(x, value[None].astype(x.dtype), start)
+def _mask(ids_NAL: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """0 where a query of a block sees a key of a block, else LOWEST: [A, L, M] float32."""
+    block = ids_NAL.shape[-1]
+    place = jnp.arange(block)
+    earlier = (query - key) * block + place[:, None] >= place
+    same = ids_NAL[query][:, :, None] == ids_NAL[key][:, None]
+    return jnp.where(earlier & same, 0.0, LOWEST)
 
 
 def _dot(equation, a, b):

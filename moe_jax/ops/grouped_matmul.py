@@ -4,7 +4,7 @@ Choices lie sorted by expert in slots, and each expert's part is filled up to wh
 slots, so that a tile is the work of one expert alone. An expert that nobody chose has no tile and
 costs nothing, and the padding is less than a tile per expert whatever the routing.
 
-This portable form loops over an expert's tiles, in pieces of 512 slots, then of a quarter as many
+This portable form loops over an expert's tiles, in pieces of 1024 slots, then of a quarter as many
 and so on down to one tile. A piece's products run at the speed of dense ones. It gathers its own
 rows, and weight gradients add up in place, so that of all that lies in slots only the first
 product's result is kept for the backward pass.
@@ -14,6 +14,7 @@ expert, H = 2 F (gate and up side by side).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import slots
 
-LARGEST_PIECE = 512
+LARGEST_PIECE = 1024
 # Of a tile by backend: the smallest, the largest, and how many would be enough for an expert. A
 # matrix unit of a TPU wants long tiles; the GPU's kernels have blocks of this very size.
 TILE_SIZES = {"portable": (8, 64, 16), "tpu": (128, 512, 32), "gpu": (128, 128, 1)}
@@ -185,8 +186,8 @@ def _backward(size, kept, dy_TD):
             _write(dx_SD, _dot(dopened, weights.gate_up_EDH, 1, 1), start),
             _write(dweight_S1, jnp.sum(dweighted * hidden, axis=1, keepdims=True), start),
             Experts(
-                d_experts.gate_up_EDH + _dot(x, dopened, 0, 0),
-                d_experts.down_EFD + _dot((weight * hidden).astype(dtype), dy, 0, 0),
+                d_experts.gate_up_EDH + _row_sum(x, dopened),
+                d_experts.down_EFD + _row_sum((weight * hidden).astype(dtype), dy),
             ),
         )
 
@@ -237,6 +238,16 @@ def _pieces(
 def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
     """Summed over these dims, in float32."""
     dims = (((dim_a,), (dim_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _row_sum(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[A, B] float32, the sum over rows of a times b: [rows, A] and [rows, B]."""
+    # Over one dim, a CPU takes the left operand as it lies, which is slow; over two, it is turned
+    # over first, which is quick where it need not be computed at the same time.
+    a, b = jax.lax.optimization_barrier((a, b))
+    a, b = (x.reshape(-1, math.gcd(8, len(x)), x.shape[1]) for x in (a, b))
+    dims = (((0, 1), (0, 1)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 

@@ -5,6 +5,8 @@ Each choice of a token has a slot or none. Places are found by counting, and bot
 Shapes: T tokens, K choices per token, N = T * K choices, G groups, S slots, D dim of a row.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +49,9 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def sum_of_slots(y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:
     """[T, D] float32, the sum of each token's slots (slot S: nowhere)."""
-    return jnp.sum(take(y_SD, slot_of_TK).astype(jnp.float32), axis=1)
+    # One choice after the other, so that no array of tokens times choices is written.
+    rows = (take(y_SD, slot_of_T).astype(jnp.float32) for slot_of_T in slot_of_TK.T)
+    return functools.reduce(jnp.add, rows)
 
 
 @jax.custom_vjp

@@ -42,6 +42,8 @@ def _backward(num_in_dims, dtype, output_dtype, kept, dy):
     del output_dtype
     x, whole, weight = kept
     dy = dy.astype(dtype)
+    # A CPU turns x over for the weight's gradient, which is slow where it computes x meanwhile.
+    x = jax.lax.optimization_barrier(x)
     num_rows = x.ndim - num_in_dims
     dx = _dot(dy, whole, range(num_rows, dy.ndim), range(num_in_dims, weight.ndim), x.dtype)
     split = jax.typeof(weight).sharding

@@ -70,10 +70,14 @@ class Collective(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop whose trips the data decide; `trips` is what the caller expects (0: nothing)."""
+    """A loop whose trips the data decide; `trips` is what the caller expects, None: nothing.
+
+    times: how often it is come to.
+    """
 
     op_name: str
-    trips: float
+    trips: float | None
+    times: float
 
 
 @dataclasses.dataclass
@@ -176,8 +180,9 @@ class Walk:
 
         if instruction.opcode == "while":
             trips = known_trips(self.program, instruction, frame)
-            body = instruction.attribute("body") or ""
-            yield inner(body), self._expected(instruction) if trips is None else trips
+            if trips is None:
+                trips = self._expected(instruction) or 0.0
+            yield inner(instruction.attribute("body") or ""), trips
         elif instruction.opcode == "conditional":
             names = re.findall(
                 r"(?:branch_computations=\{|_computation=|, )(%[\w.-]+)", instruction.attributes
@@ -197,30 +202,33 @@ class Walk:
             self._add(run, total)
         return total.operations
 
-    def _expected(self, loop: Instruction) -> float:
+    def _expected(self, loop: Instruction) -> float | None:
         for pattern, trips in self._expected_trips.items():
             if re.search(pattern, loop.op_name):
                 return trips
-        return 0.0
+        return None
 
     def _add(self, run: Run, total: Counts) -> None:
         instruction, frame, times, asynchronous = run
         opcode = instruction.opcode
         if opcode == "while" and known_trips(self.program, instruction, frame) is None:
-            total.loops.append(Loop(instruction.op_name, self._expected(instruction)))
+            total.loops.append(Loop(instruction.op_name, self._expected(instruction), times))
         operands = tuple(
             array
             for name in instruction.operands
             for array in frame.computation.instructions[name].arrays
         )
-        kind = opcode.removesuffix("-start")
+        kind, op_name = opcode.removesuffix("-start"), instruction.op_name
+        if frame.instruction is not None and frame.instruction.opcode == "fusion":
+            op_name = op_name or frame.instruction.op_name
+            # How programs for TPU write a reduce-scatter: a fusion that keeps a part of the sum.
+            if kind == "all-reduce" and frame.computation.name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
         if kind in COLLECTIVES:
             group = group_size(instruction.attributes)
             sent = sent_bytes(kind, operands, group)
-            asynchronous |= opcode != kind
-            total.collectives.append(
-                Collective(kind, instruction.op_name, sent, group, times, asynchronous)
-            )
+            asynchronous |= opcode.endswith("-start")
+            total.collectives.append(Collective(kind, op_name, sent, group, times, asynchronous))
         elif opcode in ("dot", "convolution", "custom-call"):
             operations = self._product_operations(instruction, operands)
             if operations != 0:
@@ -314,16 +322,18 @@ def _positions(
 
 def group_size(attributes: str) -> int:
     """How many devices a collective's groups have; a permutation's have two."""
-    # replica_groups={{0,1},{2,3}}, [2,4]<=[8], or mesh['x'=2,'y'=4] {'y'}
+    # replica_groups={{0,1},{2,3}}, [2,4]<=[8], or mesh['x'=2,'y'=4] {'y'}; of an axis of the mesh,
+    # a part may be meant: {'y':(1)2}
     if "source_target_pairs=" in attributes:
         return 2
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*? \{('.*?)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     raise ValueError(f"no replica groups: {attributes[:200]}")
 
 

@@ -104,9 +104,9 @@ def test_a_loop_that_the_data_bound_counts_as_expected() -> None:
     arguments = _array(8, 16), _array(16, 16), _array(dtype=jnp.int32)
     counts = _counts(function, *arguments)
     assert counts.operations == 0
-    ((op_name, trips),) = counts.loops
+    ((op_name, trips, times),) = counts.loops
     assert "further_rounds" in op_name
-    assert trips == 0
+    assert (trips, times) == (None, 1)
     counts = _counts(function, *arguments, expected_trips={"another": 5, "further_rounds": 2.5})
     assert counts.operations == 2.5 * 2 * 8 * 16 * 16
     assert counts.loops[0].trips == 2.5
@@ -167,6 +167,8 @@ def _entry(*lines: str) -> str:
         "replica_groups=[2,4]<=[8]",
         "replica_groups=[2,4]<=[4,2]T(1,0)",
         "replica_groups=mesh['fsdp'=2,'expert_outer'=2,'expert'=2] {'expert_outer', 'expert'}",
+        "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}",
+        "replica_groups=mesh['a'=8] {'a':(1)4}",
     ],
 )
 def test_a_pair_of_start_and_done_counts_once_in_all_spellings_of_groups(groups: str) -> None:
@@ -193,6 +195,21 @@ def test_a_collective_on_the_sparse_cores_counts_once() -> None:
         '}, execution_thread="sparsecore"\n\nENTRY',
     )
     assert Walk(text).counts().collectives == [Collective("all-to-all", "", 48.0, 4, 1.0, True)]
+
+
+def test_a_fusion_that_keeps_a_part_of_a_sum_is_a_reduce_scatter() -> None:
+    text = _entry(
+        "ROOT %f = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, "
+        'metadata={op_name="jit(f)/dot_general"}'
+    ).replace(
+        "ENTRY",
+        "%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {\n  %p = bf16[8,4]{1,0} parameter(0)\n"
+        "  %a = bf16[8,4]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add\n"
+        "  ROOT %s = bf16[2,4]{1,0} slice(%a), slice={[0:2], [0:4]}\n}\n\nENTRY",
+    )
+    assert Walk(text).counts().collectives == [
+        Collective("reduce-scatter", "jit(f)/dot_general", 48.0, 4, 1.0, False)
+    ]
 
 
 @pytest.mark.parametrize(
