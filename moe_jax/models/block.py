@@ -21,7 +21,7 @@ ATTENTION = {"latent": LatentAttention, "grouped_query": GroupedQueryAttention}
 
 PRODUCTS = ("dot_general",)
 # What a token is sent to, and what has come: kept, nothing is chosen or sent twice.
-ROUTED = ("top_k", "sort", "scatter", "scatter-add", "all_to_all")
+ROUTED = ("top_k", "sort", "scatter", "scatter-add", "all_to_all", "ragged_all_to_all")
 
 
 def _keep(primitives: tuple[str, ...], names: tuple[str, ...]) -> Callable[..., bool]:

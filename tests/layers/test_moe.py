@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from emulated import make_mesh, place, quick_jit
 from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 
 from moe_jax import sharding
-from moe_jax.config import ModelConfig, MoEConfig, PrecisionConfig
+from moe_jax.config import BackendConfig, ModelConfig, MoEConfig, PrecisionConfig
 from moe_jax.layers.moe import MoE, RouterBias, RoutingStats
+from moe_jax.models.block import REMATERIALIZATION
+from moe_jax.ops.dispatch import Balanced
 
 DIM, BATCH, LENGTH = 8, 4, 6
 CONFIG = ModelConfig(
@@ -344,3 +347,27 @@ def test_the_bias_is_no_parameter() -> None:
     params, biases = nnx.state(layer, nnx.Param), nnx.state(layer, RouterBias)
     assert "bias" not in nnx.to_pure_dict(params)["router"]
     assert [leaf.shape for leaf in jax.tree.leaves(biases)] == [(8,)]
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+@pytest.mark.parametrize(("policy", "kept"), [("minimal", 1), ("latent", 0)])
+def test_what_has_come_by_exchange_is_kept_by_policy(
+    exchange: str, policy: str, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under `minimal`, tokens do not travel again in the backward pass."""
+    config = dataclasses.replace(CONFIG, backends=BackendConfig(exchange=exchange))
+    graphdef, mesh, state = _layer({"expert": 4}, config)
+    tokens, moe = LENGTH, config.moe
+    balanced = Balanced(tokens, moe.num_experts_per_tok, moe.num_experts, moe.buffer_factor)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, sharding.BATCH)
+        x, valid = jax.device_put((X, VALID), rows)
+
+        @functools.partial(jax.checkpoint, policy=REMATERIALIZATION[policy])
+        def layer(state, x):
+            return nnx.merge(graphdef, state)(x, valid, True)[0]
+
+        print_saved_residuals(layer, state, x)
+    received = f"f32[{4 * 4 * balanced.rows(moe.num_experts // 4)}@"
+    lines = capsys.readouterr().out.replace("float32", "f32").splitlines()
+    assert sum(line.startswith(received) and f",{DIM}]" in line for line in lines) == kept
