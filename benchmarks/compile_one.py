@@ -166,7 +166,7 @@ def grouped_matmul_weights(operands: tuple[Array, ...], results: tuple[Array, ..
 
 
 def attention_kernel(of_queries: int, of_values: int) -> Kernel:
-    """Products whose third dim is that of queries, and of values, of the blocks causality leaves."""
+    """So many products over the dim of queries, and of values, of the blocks causality leaves."""
 
     def operations(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
         query, _, value = [x.dims for x in operands if len(x.dims) == 4][:3]
