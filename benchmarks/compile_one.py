@@ -19,10 +19,11 @@ import jax.numpy as jnp
 
 from moe_jax import platform, sharding, validation
 from moe_jax.config import MESH_AXES, Config
-from moe_jax.ops import attention
+from moe_jax.ops import attention, attention_gpu
 from moe_jax.planning import topologies
 from moe_jax.planning.communication import exchanged_rows
-from moe_jax.planning.compiled import Collective, Counts, Walk
+from moe_jax.planning.compiled import Collective, Counts, Kernel, Walk
+from moe_jax.planning.hlo import Array
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.planning.overlap import overlaps, rates_of
 from moe_jax.training.loop import abstract_state
@@ -104,7 +105,8 @@ def main() -> None:
 
 def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: str) -> dict:
     """What one device does, and what it would have to."""
-    walk = Walk(text, expected_trips(text, config, mesh))
+    # Programs for GPU do not carry what a kernel's author declares.
+    walk = Walk(text, expected_trips(text, config, mesh), GPU_KERNELS if "NVIDIA" in kind else None)
     counts = walk.counts()
     parameters = count_parameters(state["parameters"], state["router_bias"], config.model)
     needed = training_operations(config.model, parameters, LENGTH) * LENGTH
@@ -148,6 +150,40 @@ def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[s
         for size in sizes:
             trips[f"/pieces_of_{size}/while$"], left = divmod(left, size)
     return trips
+
+
+def grouped_matmul(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
+    """Rows, padded ones too, times an expert's weight."""
+    rows, width = results[0].dims
+    inner = next(x.dims[1] for x in operands if len(x.dims) == 2 and x.dims[0] == rows)
+    return 2.0 * rows * inner * width
+
+
+def grouped_matmul_weights(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
+    """The same rows, summed over."""
+    rows = next(x.dims[0] for x in operands if len(x.dims) == 2)
+    return 2.0 * rows * math.prod(results[0].dims[1:])
+
+
+def attention_kernel(of_queries: int, of_values: int) -> Kernel:
+    """So many products over the dim of queries, and of values, of the blocks causality leaves."""
+
+    def operations(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
+        query, _, value = [x.dims for x in operands if len(x.dims) == 4][:3]
+        rows, length, heads, width = query
+        pairs = rows * heads * length * (length + attention_gpu.BLOCK) / 2
+        return 2.0 * pairs * (of_queries * width + of_values * value[3])
+
+    return operations
+
+
+GPU_KERNELS: dict[str, Kernel] = {
+    "grouped_matmul_weights": grouped_matmul_weights,
+    "grouped_matmul": grouped_matmul,
+    "attention_backward_dq": attention_kernel(2, 1),
+    "attention_backward_dkv": attention_kernel(2, 2),
+    "attention_forward": attention_kernel(1, 1),
+}
 
 
 def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:

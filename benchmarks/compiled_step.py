@@ -112,7 +112,7 @@ def _seconds(row: dict) -> str:
 
 
 def _details(row: dict) -> list[str]:
-    """Collectives of more than a megabyte, and what is not counted."""
+    """Collectives of more than ten megabytes, and what is not counted."""
     lines = [
         f"{row['device']}: {row['operations'] / 1e12:.2f} T operations of "
         f"{row['needed_operations'] / 1e12:.2f} T needed; exchange "
@@ -120,7 +120,7 @@ def _details(row: dict) -> list[str]:
         _row(["collective", "devices", "times", "MB each", "", "of", "unwanted"]),
         _row(["---"] * 7),
     ]
-    large = [c for c in row["collectives"] if c["bytes"] * c["times"] >= 1e6 or c["unwanted"]]
+    large = [c for c in row["collectives"] if c["bytes"] * c["times"] >= 1e7 or c["unwanted"]]
     for c in large:
         lines.append(
             _row(
@@ -138,7 +138,7 @@ def _details(row: dict) -> list[str]:
     small = [c for c in row["collectives"] if c not in large]
     sent = sum(c["bytes"] * c["times"] for c in small)
     runs = sum(c["times"] for c in small)
-    lines.append(f"\nAnd {runs:g} small ones of {sent / 1e3:.0f} kB in all.")
+    lines.append(f"\nAnd {runs:g} smaller ones of {sent / 1e6:.1f} MB in all.")
     for loop in row["loops_not_counted"]:
         lines.append(f"\nNot counted, since the data decide how often it runs: `{loop}`.")
     for kernel in row["kernels_not_counted"]:

@@ -339,9 +339,13 @@ def group_size(attributes: str) -> int:
 
 def sent_bytes(kind: str, operands: tuple[Array, ...], group: int) -> float:
     """What leaves a device; see the head of this file."""
-    if kind in ("collective-permute", "ragged-all-to-all", "collective-broadcast"):
-        operands = operands[:1]  # the others are the result's place, and sizes
-    given = sum(array.bytes for array in operands)
+    if kind == "ragged-all-to-all":
+        # How much travels, the data decide: as much as both buffers hold.
+        given = min(array.bytes for array in operands[:2])
+    elif kind in ("collective-permute", "collective-broadcast"):
+        given = operands[0].bytes  # the others are the result's place
+    else:
+        given = sum(array.bytes for array in operands)
     if kind == "collective-permute":
         return given
     if kind == "all-gather":

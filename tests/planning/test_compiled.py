@@ -182,6 +182,16 @@ def test_a_pair_of_start_and_done_counts_once_in_all_spellings_of_groups(groups:
     ]
 
 
+def test_a_ragged_exchange_fills_the_smaller_buffer() -> None:
+    text = _entry(
+        "%t = bf16[4,4]{1,0} parameter(1)",
+        "%n = s32[4]{0} parameter(2)",
+        "ROOT %r = bf16[4,4]{1,0} ragged-all-to-all(%x, %t, %n, %n, %n, %n), "
+        "replica_groups=[2,4]<=[8]",
+    )
+    assert Walk(text).counts().collective_bytes("ragged-all-to-all") == 24
+
+
 def test_a_collective_on_the_sparse_cores_counts_once() -> None:
     text = _entry(
         '%s = ((), (), s32[8]{0}) custom-call-start(), async_execution_thread="sparsecore", '
