@@ -164,7 +164,9 @@ class MoE(nnx.Module):
             ids_TK = ids_BLK.reshape(-1, config.num_experts_per_tok)
         with jax.named_scope("dispatch"):
             x_TD, slots_TK = x_BLD.reshape(-1, dim), ids_TK
+            groups = config.num_expert_groups, config.num_limited_groups
             if placement_ER is not None:
+                groups = 1, 1  # of slots there are none
                 slots_TK = physical_ids(ids_TK, placement_ER, jax.lax.axis_index(BATCH_AXES))
             y_TD, rounds = dispatch.apply_experts(
                 x_TD,
@@ -176,6 +178,7 @@ class MoE(nnx.Module):
                     config.num_experts_per_tok,
                     len(experts.down_EFD) * jax.lax.axis_size(EXPERT_AXES),
                     config.buffer_factor,
+                    *groups,
                 ),
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,

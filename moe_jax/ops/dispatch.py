@@ -27,18 +27,40 @@ from moe_jax.ops.grouped_matmul import Experts
 
 
 class Balanced(NamedTuple):
-    """What sizes the buffers: balanced routing over all experts, times a factor."""
+    """What sizes the buffers: balanced routing, times a factor.
+
+    A token chooses `limited_groups` of the groups of experts, and `top_k` of the experts in these.
+    """
 
     tokens: int  # of the devices whose tokens have been brought together
     top_k: int
     num_experts: int
     buffer_factor: float
+    num_groups: int = 1
+    limited_groups: int = 1
 
     def rows(self, experts: int) -> int:
         """Buffer for the tokens with a choice among so many of the experts."""
-        others = math.comb(self.num_experts - experts, self.top_k)
-        share = 1 - others / math.comb(self.num_experts, self.top_k)
-        return max(1, min(self.tokens, math.ceil(self.buffer_factor * self.tokens * share)))
+        wanted = math.ceil(self.buffer_factor * self.tokens * self.share(experts))
+        return max(1, min(self.tokens, wanted))
+
+    def share(self, experts: int) -> float:
+        """The share of tokens with a choice among so many neighbouring experts.
+
+        Args:
+          experts: a part of a group, or of several groups, which then count as whole.
+        """
+        groups, chosen = self.num_groups, self.limited_groups
+        size = self.num_experts // groups
+        here, of_group = -(-experts // size), min(experts, size)
+        missed = sum(
+            # Of the chosen groups, so many are here.
+            math.comb(here, met)
+            * math.comb(groups - here, chosen - met)
+            * math.comb(chosen * size - met * of_group, self.top_k)
+            for met in range(max(0, chosen - groups + here), min(here, chosen) + 1)
+        )
+        return 1 - missed / math.comb(groups, chosen) / math.comb(chosen * size, self.top_k)
 
     def choices(self, experts: int) -> float:
         """Choices of so many of the experts, on average."""

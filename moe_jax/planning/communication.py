@@ -1,9 +1,9 @@
 """Bytes that a model must exchange, counted from its config."""
 
-import math
 from collections.abc import Sequence
 
 from moe_jax.config import MoEConfig
+from moe_jax.ops.dispatch import Balanced
 
 
 def share_of_tokens(moe: MoEConfig, experts: int) -> float:
@@ -15,20 +15,8 @@ def share_of_tokens(moe: MoEConfig, experts: int) -> float:
     Args:
       experts: of a device or of a group of devices: whole groups, or parts of one.
     """
-    groups, chosen = moe.num_expert_groups, moe.num_limited_groups
-    size = moe.num_experts // groups
-    here, of_group = max(1, experts // size), min(experts, size)
-    assert experts == here * of_group, (experts, size)
-    missed = sum(
-        # Of the chosen groups, so many are here.
-        math.comb(here, met)
-        * math.comb(groups - here, chosen - met)
-        * math.comb(chosen * size - met * of_group, moe.num_experts_per_tok)
-        for met in range(max(0, chosen - groups + here), min(here, chosen) + 1)
-    )
-    return 1 - missed / math.comb(groups, chosen) / math.comb(
-        chosen * size, moe.num_experts_per_tok
-    )
+    groups = moe.num_expert_groups, moe.num_limited_groups
+    return Balanced(1, moe.num_experts_per_tok, moe.num_experts, 1.0, *groups).share(experts)
 
 
 def exchanged_rows(moe: MoEConfig, tokens: int, axis_sizes: Sequence[int]) -> float:

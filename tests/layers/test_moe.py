@@ -358,7 +358,8 @@ def test_what_has_come_by_exchange_is_kept_by_policy(
     config = dataclasses.replace(CONFIG, backends=BackendConfig(exchange=exchange))
     graphdef, mesh, state = _layer({"expert": 4}, config)
     tokens, moe = LENGTH, config.moe
-    balanced = Balanced(tokens, moe.num_experts_per_tok, moe.num_experts, moe.buffer_factor)
+    groups = moe.num_expert_groups, moe.num_limited_groups
+    balanced = Balanced(tokens, moe.num_experts_per_tok, 8, moe.buffer_factor, *groups)
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, sharding.BATCH)
         x, valid = jax.device_put((X, VALID), rows)

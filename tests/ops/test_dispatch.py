@@ -297,6 +297,9 @@ def test_buffers_are_a_multiple_of_the_balanced_load() -> None:
     share = np.mean(np.any(chosen < 2, axis=1))
     rows = dispatch.Balanced(10_000, 4, 16, 1.5).rows(2)
     assert abs(rows - 1.5 * share * 10_000) < 150
+    limited = dispatch.Balanced(10_000, 4, 16, 1.5, num_groups=4, limited_groups=2)
+    assert limited.rows(4) == 7393  # half choose a group, and but 1 in 70 of them none of its four
+    assert limited.rows(6) == limited.rows(8)  # two groups, one of them in part
     assert dispatch.Balanced(64, 2, 8, 100.0).rows(2) == 64  # no more than there are
     assert dispatch.Balanced(1, 2, 256, 1.0).rows(1) == 1
     assert dispatch.Balanced(64, 2, 8, 1.0).rows(8) == 64  # every token goes to the only device
