@@ -40,6 +40,8 @@ def make_config(dtype: str, dense: bool) -> configs.Config:
             num_experts_per_tok=s["top_k"],
             num_shared_experts=s["shared"],
             intermediate_size=s["expert_ffn"],
+            num_expert_groups=1,
+            num_limited_groups=1,
         ),
     )
     return configs.Config(
