@@ -112,17 +112,18 @@ class MoEConfig:
     buffer_factor: float = 1.5  # dispatch buffer of one round, in balanced loads
 
 
-# Forms of an operation, by the platform that each is the default of. CPU's runs everywhere.
+# Forms of an operation by platform; the first is what "auto" means.
+_KERNELS = {"cpu": ("portable",), "tpu": ("tpu", "portable"), "gpu": ("gpu", "portable")}
 BACKENDS = {
-    "attention": {"cpu": "portable", "tpu": "tpu", "gpu": "gpu"},
-    "grouped_matmul": {"cpu": "portable", "tpu": "tpu", "gpu": "gpu"},
-    "exchange": {"cpu": "padded", "tpu": "ragged", "gpu": "ragged"},
+    "attention": _KERNELS,
+    "grouped_matmul": _KERNELS,
+    "exchange": {"cpu": ("padded",), "tpu": ("ragged", "padded"), "gpu": ("padded", "ragged")},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
-    """Which form of an operation is compiled, of `BACKENDS`; "auto": the platform's default."""
+    """Which form of an operation is compiled, of `BACKENDS`; "auto": by platform."""
 
     attention: str = "auto"
     grouped_matmul: str = "auto"  # the experts' products

@@ -23,9 +23,6 @@ XLA_GPU_FLAGS = {
     "xla_gpu_enable_pipelined_all_reduce": "true",
     # Products of the same weight stay apart, so that one can run while the other's rows travel.
     "xla_gpu_dot_merger_threshold_mb": "0",
-    # XLA's own kernels for it are reported to corrupt gradients (JAX 0.11); this replaces them by
-    # dense collectives.
-    "xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": "true",
 }
 # What runs beside the tensor core: exchanges by themselves, weights and gradients on the sparse
 # cores. Fusing all-gathers with products instead is refused by libtpu 0.0.52 on v5p, v6e and TPU7x.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,9 +56,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     shape = tuple(sizes[axis] for axis in DEVICE_ORDER)
-    return jax.make_mesh(
-        shape, DEVICE_ORDER, axis_types=(AxisType.Explicit,) * len(shape), devices=devices
-    )
+    # Axes of a TPU's torus are split where the sizes ask for it: eight chips of a row of four.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, DEVICE_ORDER, axis_types=(AxisType.Explicit,) * len(shape))
 
 
 def num_shards(mesh_shape: dict[str, int], axes: Sequence[str]) -> int:

@@ -116,7 +116,8 @@ def check_model(config: Config) -> None:
     _check_attention(config)
     _check_moe(config)
     for operation, forms in BACKENDS.items():
-        _one_of(config, f"model.backends.{operation}", "auto", *dict.fromkeys(forms.values()))
+        known = dict.fromkeys(form for of_platform in forms.values() for form in of_platform)
+        _one_of(config, f"model.backends.{operation}", "auto", *known)
     for field in dataclasses.fields(PrecisionConfig):
         _one_of(config, f"precision.{field.name}", *DTYPES)
 
@@ -322,12 +323,11 @@ def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") 
       ValueError: experts or rows do not divide over the mesh, or the platform lacks a back end.
     """
     for operation, forms in BACKENDS.items():
-        wanted, runs = _value(config, f"model.backends.{operation}"), {forms["cpu"]}
-        runs |= {forms[platform]} if platform in forms else set()
+        wanted, runs = _value(config, f"model.backends.{operation}"), ("auto", *forms[platform])
         _require(
-            wanted in {"auto", *runs},
+            wanted in runs,
             f"config.model.backends.{operation}={wanted!r} does not run on {platform}; set it to "
-            f"{' or '.join(sorted({'auto', *runs}))}",
+            f"{' or '.join(runs)}",
         )
     experts, shards = config.model.moe.num_experts, sizes["expert_outer"] * sizes["expert"]
     model = config.model

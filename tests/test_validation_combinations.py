@@ -288,7 +288,7 @@ def test_devices_that_the_mesh_does_not_divide() -> None:
     ("operation", "form", "platform", "others"),
     [
         ("exchange", "ragged", "cpu", "auto or padded"),
-        ("attention", "gpu", "tpu", "auto or portable or tpu"),
+        ("attention", "gpu", "tpu", "auto or tpu or portable"),
         ("grouped_matmul", "tpu", "gpu", "auto or gpu or portable"),
     ],
 )

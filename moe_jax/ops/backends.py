@@ -30,7 +30,7 @@ def choose(config: ModelConfig, dtype: jnp.dtype) -> Backends:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = "cpu" if device is None else device.platform
-    forms = {name: of_platform[platform] for name, of_platform in BACKENDS.items()}
+    forms = {name: of_platform[platform][0] for name, of_platform in BACKENDS.items()}
     if forms["grouped_matmul"] == "gpu":
         from moe_jax.ops import grouped_matmul_gpu  # not every JAX has what it imports
 

@@ -27,9 +27,9 @@ def _choose(platform: str, kind: str, config: ModelConfig = CONFIG, dtype=BF16) 
     [
         ("cpu", "cpu", PORTABLE),
         ("tpu", "TPU v5", Backends("tpu", "tpu", "ragged")),
-        ("gpu", "NVIDIA H100 80GB HBM3", Backends("gpu", "gpu", "ragged")),
+        ("gpu", "NVIDIA H100 80GB HBM3", Backends("gpu", "gpu", "padded")),
         # The kernels of grouped products are for Hopper.
-        ("gpu", "NVIDIA A100-SXM4-40GB", Backends("gpu", "portable", "ragged")),
+        ("gpu", "NVIDIA A100-SXM4-40GB", Backends("gpu", "portable", "padded")),
     ],
 )
 def test_auto_follows_the_mesh(platform: str, kind: str, expected: Backends) -> None:
