@@ -1,4 +1,5 @@
-"""One row of `benchmarks.compiled_step`: arguments MODEL, TARGET and BUFFER_FACTOR.
+"""One row of `benchmarks.compiled_step`: arguments MODEL, TARGET, BUFFER_FACTOR and "whole", or
+"halves" for two rows a device that routed layers take one after the other.
 
 Compiles the train step for devices that are not here, counts what one of them does, and prints it
 as a line of JSON.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax import platform, sharding, validation
 from moe_jax.config import MESH_AXES, Config
-from moe_jax.ops import attention, attention_gpu
+from moe_jax.ops import attention_gpu
 from moe_jax.planning import topologies
 from moe_jax.planning.communication import exchanged_rows
 from moe_jax.planning.compiled import Collective, Counts, Kernel, Walk
@@ -48,7 +49,9 @@ MESHES = {
 }
 
 
-def make_config(model: str, target: str, buffer_factor: float, num_devices: int) -> Config:
+def make_config(
+    model: str, target: str, buffer_factor: float, rows: int, num_devices: int
+) -> Config:
     """The model's own sizes, at a small depth."""
     raw = importlib.import_module(f"configs.{model}").get_config()
     raw.model.num_hidden_layers = DENSE_LAYERS + ROUTED_LAYERS
@@ -58,24 +61,26 @@ def make_config(model: str, target: str, buffer_factor: float, num_devices: int)
     raw.mesh.update({axis: 1 for axis in MESH_AXES} | {"fsdp": -1} | MESHES[model][target])
     raw.data.num_streams = num_devices
     raw.data.stages = ({"sequence_length": LENGTH, "tokens": None},)
-    raw.training.tokens_per_step = num_devices * LENGTH
+    raw.training.tokens_per_step = num_devices * rows * LENGTH
+    raw.training.split_micro_batch = rows > 1
     raw.training.micro_batches = 1
     raw.training.rematerialization = "none"
     return validation.parse(raw)
 
 
 def main() -> None:
-    model, target, buffer_factor = sys.argv[1:4]
+    model, target, buffer_factor, split = sys.argv[1:5]
+    rows = {"whole": 1, "halves": 2}[split]  # of a device
     topologies.prepare()
     for variable, flags in platform.FLAGS.values():  # as for those who train
         given = os.environ.get(variable, "")
         os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
     devices = topologies.devices(target)
-    config = make_config(model, target, float(buffer_factor), len(devices))
+    config = make_config(model, target, float(buffer_factor), rows, len(devices))
     mesh = sharding.make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
-        shape = (1, len(devices), LENGTH)
+        shape = (1, len(devices) * rows, LENGTH)
         batch = {
             name: jax.ShapeDtypeStruct(
                 shape,
@@ -89,8 +94,8 @@ def main() -> None:
         compiled = lowered.compile()
         seconds = time.perf_counter() - begin
     text = compiled.as_text()
-    if len(sys.argv) > 4:
-        Path(sys.argv[4]).write_text(text)
+    if len(sys.argv) > 5:
+        Path(sys.argv[5]).write_text(text)
     memory = compiled.memory_analysis()
     facts = {
         "device": devices[0].device_kind,
@@ -100,16 +105,17 @@ def main() -> None:
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    print(json.dumps(facts | count(text, config, mesh, state, devices[0].device_kind)))
+    print(json.dumps(facts | count(text, config, rows * LENGTH, mesh, state)))
 
 
-def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: str) -> dict:
-    """What one device does, and what it would have to."""
+def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state: Any) -> dict:
+    """What one device does with so many tokens, and what it would have to."""
+    kind = mesh.devices.flat[0].device_kind
     # Programs for GPU do not carry what a kernel's author declares.
     walk = Walk(text, expected_trips(text, config, mesh), GPU_KERNELS if "NVIDIA" in kind else None)
     counts = walk.counts()
     parameters = count_parameters(state["parameters"], state["router_bias"], config.model)
-    needed = training_operations(config.model, parameters, LENGTH) * LENGTH
+    needed = training_operations(config.model, parameters, LENGTH) * tokens
     exchanges = [c for c in counts.collectives if is_exchange(c)]
     of_exchanges = [
         o
@@ -121,7 +127,7 @@ def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: 
         "operations": counts.operations,
         "needed_operations": needed,
         "exchange_bytes": sum(c.bytes * c.times for c in exchanges),
-        "needed_exchange_bytes": needed_exchange(config, mesh),
+        "needed_exchange_bytes": needed_exchange(config, tokens, mesh),
         "exchange_seconds": sum(o.seconds * o.collective.times for o in of_exchanges),
         "hidden_seconds": sum(o.share * o.seconds * o.collective.times for o in of_exchanges),
         "collectives": [
@@ -135,12 +141,8 @@ def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any, kind: 
 
 
 def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Of the portable loops, by op_name: one document a row, every expert with the same load."""
-    blocks = LENGTH // attention.BLOCK
-    trips: dict[str, float] = {
-        r"further_rounds\)*/while$": 0,
-        r"attention/.*while$": blocks * (blocks + 1) / 2,
-    }
+    """Of the portable loops over experts, by op_name: every expert with the same load."""
+    trips: dict[str, float] = {r"further_rounds\)*/while$": 0}
     moe = config.model.moe
     devices = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
     sizes = sorted({int(size) for size in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True)
@@ -186,10 +188,10 @@ GPU_KERNELS: dict[str, Kernel] = {
 }
 
 
-def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:
+def needed_exchange(config: Config, tokens: int, mesh: jax.sharding.Mesh) -> float:
     """Bytes of one copy per destination, there and back, in a forward and a backward pass."""
     sizes = [mesh.shape[axis] for axis in sharding.EXPERT_AXES]
-    rows = exchanged_rows(config.model.moe, LENGTH, sizes)
+    rows = exchanged_rows(config.model.moe, tokens, sizes)
     precision = config.precision
     there, back = jnp.dtype(precision.compute_dtype), jnp.dtype(precision.combine_dtype)
     row = config.model.hidden_size * (there.itemsize + back.itemsize)
@@ -197,7 +199,8 @@ def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:
 
 
 def is_exchange(collective: Collective) -> bool:
-    return collective.kind.endswith("all-to-all")
+    # Of tokens to their experts; vectors of the embedding travel in one too.
+    return collective.kind.endswith("all-to-all") and "embedding" not in collective.op_name
 
 
 def largest_part(parameters: Any) -> int:

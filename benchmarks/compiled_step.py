@@ -3,7 +3,8 @@
     pip install -e ".[test-aot]"            # compiles for TPU
     pip install -e ".[cuda13]"              # compiles for H100, in an environment of its own
     python -m benchmarks.compiled_step [--targets v5p:4x4x4 v6e:8x8 tpu7x:4x4x4 h100:8x8]
-        [--models deepseek_v2_lite deepseek_v3] [--factors 1.0 1.5] [--cuda_python=PYTHON]
+        [--models deepseek_v2_lite deepseek_v3] [--factors 1.0 1.5] [--halves]
+        [--cuda_python=PYTHON]
 
 Each row is compiled in a process of its own, so one that fails is a row that says so. Rows are kept
 in benchmarks/compiled_step.json: a run replaces those that it makes, and writes the page from all.
@@ -25,8 +26,7 @@ HEAD = """# The compiled train step
 
 Made by `python -m benchmarks.compiled_step`; do not edit. The step that trains
 (`training/step.py`), at the layer sizes of DeepSeek-V2-Lite and V3, one dense and two routed layers
-with embedding and head, rows of 4,096 tokens, one a device, bf16, rematerialization `none`, is
-compiled for devices that are not there. `planning/compiled.py` counts what one device does:
+with embedding and head, rows of 4,096 tokens, bf16, rematerialization `none`, is compiled for devices that are not there. `planning/compiled.py` counts what one device does:
 products and collectives, loop bodies as often as they run, kernels as their authors declare.
 Routing is balanced and counted in its first round; further rounds count as nothing.
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0, 1.5])
+    parser.add_argument("--halves", action="store_true", help="with training.split_micro_batch")
     parser.add_argument("--cuda_python", default=sys.executable)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a row may take")
     flags = parser.parse_args()
@@ -53,9 +54,12 @@ def main() -> None:
         for model in flags.models:
             for factor in flags.factors:
                 python = flags.cuda_python if target.startswith("h100") else sys.executable
-                command = [python, "-m", "benchmarks.compile_one", model, target, str(factor)]
+                split = "halves" if flags.halves else "whole"
+                arguments = [model, target, str(factor), split]
+                row = run([python, "-m", "benchmarks.compile_one", *arguments], flags.timeout)
+                # Read late: two commands may run at once.
                 rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-                rows[f"{target} {model} {factor}"] = run(command, flags.timeout)
+                rows[f"{target} {model} {factor} {split}"] = row
                 ordered = dict(sorted(rows.items()))
                 RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
                 PAGE.write_text(page(ordered))
@@ -76,20 +80,34 @@ def run(command: list[str], timeout: float) -> dict:
 
 
 def page(rows: dict[str, dict]) -> str:
-    head = ["target", "model", "factor", "mesh", "operations", "exchange", "hidden", "memory"]
+    head = [
+        "target",
+        "model",
+        "factor",
+        "batch",
+        "mesh",
+        "operations",
+        "exchange",
+        "hidden",
+        "memory",
+    ]
     head += ["unwanted", "compiled in"]
     lines = [HEAD, _row(head), _row(["---"] * len(head))]
     details = []
     for name, row in rows.items():
-        target, model, factor = name.split()
+        target, model, factor, split = name.split()
         if "error" in row:
-            lines.append(_row([target, model, factor, row["error"], *[""] * (len(head) - 4)]))
+            cells = [target, model, factor, split, row["error"]]
+            lines.append(_row(cells + [""] * (len(head) - len(cells))))
             continue
         unwanted = [c for c in row["collectives"] if c["unwanted"]]
         lines.append(
-            _row([target, model, factor, *_cells(row), str(len(unwanted) or "none"), _seconds(row)])
+            _row(
+                [target, model, factor, split, *_cells(row)]
+                + [str(len(unwanted) or "none"), _seconds(row)]
+            )
         )
-        if factor == "1.0":
+        if (factor, split) == ("1.0", "whole"):
             details += [f"\n## {model} on {target}\n", *_details(row)]
     return "\n".join(lines + details) + "\n"
 
