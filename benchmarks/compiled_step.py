@@ -82,18 +82,8 @@ def run(command: list[str], timeout: float) -> dict:
 
 
 def page(rows: dict[str, dict]) -> str:
-    head = [
-        "target",
-        "model",
-        "factor",
-        "batch",
-        "mesh",
-        "operations",
-        "exchange",
-        "hidden",
-        "memory",
-    ]
-    head += ["unwanted", "compiled in"]
+    head = ["target", "model", "factor", "batch", "mesh", "operations", "exchange", "hidden"]
+    head += ["memory", "unwanted", "compiled in"]
     lines = [HEAD, _row(head), _row(["---"] * len(head))]
     details = []
     for name, row in rows.items():
