@@ -199,8 +199,12 @@ def needed_exchange(config: Config, tokens: int, mesh: jax.sharding.Mesh) -> flo
 
 
 def is_exchange(collective: Collective) -> bool:
-    # Of tokens to their experts; vectors of the embedding travel in one too.
-    return collective.kind.endswith("all-to-all") and "embedding" not in collective.op_name
+    """Of tokens to their experts; the embedding's vectors travel in all-to-alls too."""
+    return collective.kind.endswith("all-to-all") and not of_embedding(collective)
+
+
+def of_embedding(collective: Collective) -> bool:
+    return "embedding/" in collective.op_name
 
 
 def largest_part(parameters: Any) -> int:
@@ -220,7 +224,8 @@ def why_unwanted(collective: Collective, largest: int) -> str:
         return "of more than a parameter's part" if whole > largest else ""
     if collective.kind in ("all-gather", "reduce-scatter"):
         return ""  # of weights, and of their gradients
-    return "" if collective.bytes < 2**20 else "nothing asks for it"
+    wanted = of_embedding(collective) or collective.bytes < 2**20
+    return "" if wanted else "nothing asks for it"
 
 
 def together(counts: Counts) -> list[Collective]:

@@ -57,6 +57,8 @@ def prepare() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    # JAX can store programs for devices that are not there, and not read them again.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(name: str) -> Sequence[Any]:

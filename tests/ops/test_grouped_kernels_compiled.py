@@ -8,31 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.ops import grouped_matmul
 from moe_jax.ops.grouped_matmul import Experts
+from moe_jax.planning import topologies
 
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
     ),
-    # A program for devices that are not here can be stored, but not loaded.
-    pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),
 ]
 
 DEVICES, ROWS, TOP_K, EXPERTS = 4, 1024, 2, 4
 
 
 @pytest.fixture(autouse=True)
-def _compile_without_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+def _compile_without_a_tpu() -> None:
+    topologies.prepare()
 
 
 def _compiled(topology: str, dtype: str, dim: int, hidden: int) -> str:
@@ -56,7 +51,7 @@ def _compiled(topology: str, dtype: str, dim: int, hidden: int) -> str:
         )
         return jnp.sum(mapped(x, weights, ids, experts).astype(jnp.float32) ** 2)
 
-    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    devices = topologies.devices(topology)
     mesh = Mesh(np.array(devices[:DEVICES]), ("data",), axis_types=(AxisType.Explicit,))
 
     def array(spec, dtype, *shape):

@@ -146,8 +146,6 @@ def test_kernels_are_lowered_inside_a_region_with_scan_loops_and_rematerializati
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="JAX's plugin for CUDA is not installed (the extra cuda13)",
 )
-# What was compiled for devices that are not here is stored, but cannot be loaded.
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_kernels_compile_for_h100s():
     from moe_jax.planning import topologies
 
