@@ -33,7 +33,7 @@ CASES = {
         Case("V3", 7168, 2048, 4, 16384),
         Case("V3", 7168, 2048, 8, 32768),
     ),
-    True: (Case("tiny", 64, 48, 4, 512),),
+    True: (Case("tiny", 64, 64, 4, 512),),
 }
 STEPS = {False: Step(4, 6, 4096), True: Step(2, 2, 64)}
 MATRIX_DIM = {False: 8192, True: 256}  # of the square product that gives the machine's rate

@@ -40,12 +40,13 @@ from moe_jax.planning import topologies
 from moe_jax.planning.compiled import Counts, Product, Walk
 from moe_jax.training import step
 
+EXCHANGES = ("all_to_all", "ragged_all_to_all")
 # What a policy may keep: names, and primitives whose results it keeps.
 ITEMS = {
     "MLA's latents": ("latent",),
     "attention's result, normalizers": ("attention",),
-    "routing: choices and places": tuple(name for name in ROUTED if name != "all_to_all"),
-    "what has come by exchange": ("all_to_all",),
+    "routing: choices and places": tuple(name for name in ROUTED if name not in EXCHANGES),
+    "what has come by exchange": EXCHANGES,
     "experts' gate and up products": ("expert_gate_up",),
     "other products": PRODUCTS,
 }

@@ -213,8 +213,8 @@ class TrainingConfig:
     # latents and the result of attention. "minimal": routing and received tokens as well. "none":
     # the result of every product.
     rematerialization: str = "full"
-    # Routed layers take each device's rows in two halves: one computes while the other's tokens
-    # travel. For several devices that experts are split over.
+    # The decoder's routed layers take each device's rows in two halves: one computes while the
+    # other's tokens travel. For several devices that experts are split over.
     split_micro_batch: bool = False
     mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
     mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen

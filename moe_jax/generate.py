@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from moe_jax import command_line, platform
-from moe_jax.config import DTYPES, UserError
+from moe_jax.config import DTYPES, BackendConfig, UserError
 from moe_jax.data.tokenizer import open_tokenizer
 from moe_jax.inference.cache import describe
 from moe_jax.inference.generation import Generator
@@ -72,6 +72,8 @@ def main(_: list[str]) -> None:
     prompts = request.read(tokenizer)
     slots = request.slots(prompts, config)
     mesh = make_mesh(mesh_config, config, redundant)
+    # What suited the devices that trained need not suit these.
+    config = dataclasses.replace(config, backends=BackendConfig())
     if not speculative:
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     lines += [f"note        {note}" for note in notes]

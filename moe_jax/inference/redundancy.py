@@ -27,7 +27,9 @@ def check_redundancy(redundant: int, config: ModelConfig, devices: int) -> None:
     slots, most = experts + redundant, experts * (devices - 1)
     if redundant < 0:
         raise UserError(f"{given} must be at least 0")
-    if redundant and config.first_k_dense_replace == config.num_hidden_layers:
+    if not redundant:
+        return
+    if config.first_k_dense_replace == config.num_hidden_layers:
         raise UserError(f"{given} needs a model with routed experts, and this one has none")
     if redundant > most:
         raise UserError(

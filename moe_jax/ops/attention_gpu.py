@@ -12,6 +12,8 @@ of a step, H query heads, G key/value heads, R = H / G, Q query/key head dim, V 
 """
 
 import functools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,17 @@ BLOCK = 128
 STEP = 64
 SHARED_MEMORY = 227 * 1024  # bytes a program may use, H100
 SMALLEST_PART = 16  # a dim of a tensor core's product
+LARGE = re.compile(r"\bG?[HB]\d|\bA100")  # in the names of devices with as much, or nearly
+
+
+def obstacle(dtype: Any, dim_q: int, dim_v: int) -> str | None:
+    """Why the kernels cannot take such heads on the mesh's devices; None if they can."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu" and not LARGE.search(device.device_kind):
+        return f"need more shared memory than a {device.device_kind} has"
+    if 3 * STEP * (dim_q + dim_v) * jnp.dtype(dtype).itemsize > SHARED_MEMORY:
+        return f"need more shared memory than there is for head dims {dim_q} and {dim_v} in {dtype}"
+    return None
 
 
 def block_of(q_BLHQ: jax.Array, v_BLGV: jax.Array) -> int:

@@ -91,7 +91,7 @@ def apply_experts(
       balanced: of the tokens.
       axes: the mesh axes that experts are split over, the slowest first.
       all_axes: all mesh axes of the region, which agree on the number of rounds.
-      combine_dtype: of results on their way back; sums are float32.
+      combine_dtype: of results on their way back; a round's sums are float32 before.
     Returns:
       [tokens, model dim] `combine_dtype`; [] int32, how often the products ran.
     """

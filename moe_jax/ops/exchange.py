@@ -4,7 +4,8 @@ Two back ends that differ in how a round's rows lie:
 
 - `padded`: as many slots for each destination, exchanged by `all_to_all`. It runs everywhere.
 - `ragged`: rows sorted by destination without gaps, exchanged by `ragged_all_to_all`, so that only
-  rows travel, and a destination's buffer is shared by all sources. XLA has it for TPU and GPU.
+  rows travel, and a destination's buffer is shared by all sources. What a device sends lies in a
+  buffer for all that it may send, whatever the factor. XLA has it for TPU and GPU.
 
 Shapes: T tokens, K choices per token, n devices along the axis, C rows from a device to each other
 on average, S slots of what is sent, R = n * C rows that a round brings to each device.
@@ -91,7 +92,8 @@ class Ragged(NamedTuple):
         )
         count_nn = high_nn - low_nn
         at_source_nn = jnp.cumsum(self.load_nn, axis=1) - self.load_nn + low_nn
-        at_destination_nn = first_nn + low_nn - number * size["there"]
+        # Of a source that sends nothing now it would lie outside of the buffer.
+        at_destination_nn = jnp.clip(first_nn + low_nn - number * size["there"], 0, size["there"])
         chunks = {
             "there": _Chunks(
                 at_source_nn[here], count_nn[here], at_destination_nn[here], count_nn[:, here]

@@ -9,6 +9,7 @@ visits to experts.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,15 @@ VMEM_OF_BLOCKS = 48 * 2**20
 VMEM_LIMIT = 60 * 2**20
 # In the time that a byte takes from HBM: 166 on v5p, 312 on v7x, 560 on v6e.
 OPERATIONS_OF_BYTE = 560
+TOO_SMALL = re.compile(r"TPU v[234]\b")  # 16 MiB of VMEM
+
+
+def obstacle() -> str | None:
+    """Why the kernels cannot run on the mesh's devices; None if they can."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and TOO_SMALL.match(device.device_kind):
+        return f"need more VMEM than a {device.device_kind} has"
+    return None
 
 
 def gmm(

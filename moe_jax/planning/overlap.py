@@ -2,8 +2,8 @@
 
 The text of a program for TPU or GPU is its schedule. Between the start and the done of an
 asynchronous collective stand the products that run while bytes travel. Their time, at the chip's
-stated rates, is held against the collective's own. What is no product counts as no time, so the
-share is a lower bound as far as work goes; links are taken to be otherwise idle.
+stated rates, is held against the collective's own. What is no product counts as no time. Links
+are taken to be otherwise idle, and collectives that are open at once share the same products.
 """
 
 from typing import NamedTuple

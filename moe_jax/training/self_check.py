@@ -28,12 +28,14 @@ def check_exchange(config: Config) -> list[str]:
     Returns:
       A line for a person; none where nothing ragged is in use.
     Raises:
-      UserError: they differ.
+      UserError: they differ, or a back end is wanted that cannot take the model.
     """
     dtype = jnp.dtype(config.precision.compute_dtype)
     backends = choose(config.model, dtype)
     shards = sharding.num_shards(dict(jax.sharding.get_abstract_mesh().shape), EXPERT_AXES)
-    if shards == 1 or backends.exchange != "ragged":
+    model = config.model
+    routed = model.first_k_dense_replace < model.num_hidden_layers
+    if shards == 1 or not routed or backends.exchange != "ragged":
         return []
     difference = largest_difference(shards * LOCAL_EXPERTS, backends.grouped_matmul, dtype)
     # NaN is no agreement.

@@ -119,7 +119,7 @@ def test_numbers_that_cannot_be(redundant: int, devices: int, sentence: str) -> 
 
 def test_models_without_experts_have_none_to_repeat() -> None:
     dense = ModelConfig(num_hidden_layers=2, first_k_dense_replace=2)
-    check_redundancy(0, dense, 4)
+    check_redundancy(0, dense, 3)
     with pytest.raises(UserError, match="=4 needs a model with routed experts, and this one has"):
         check_redundancy(4, dense, 4)
 
