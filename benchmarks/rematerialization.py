@@ -176,17 +176,18 @@ def is_forward(product: Product) -> bool:
 def count(shape: Shape, routed: int, text: str) -> Counts:
     model, devices = shape.config.model, shape.mesh.size
     blocks = -(-shape.length // attention.BLOCK)
-    pairs = shape.rows // devices * blocks * (blocks + 1) / 2
+    # Of the loop over the other side's blocks, in the one over blocks, whose trips are known.
+    trips = {"attention/.*while.*while": (blocks + 1) / 2}
     # Tiles of experts: a loop in the loop over experts. Alone behind "moe" it would be of rounds.
     experts = "moe/.*while.*while"
     once = sum(
         product.operations * product.times
-        for product in Walk(text, {"attention": pairs, experts: 1.0}).counts().products
+        for product in Walk(text, trips | {experts: 1.0}).counts().products
         if is_forward(product) and "moe/dispatch" in product.op_name
     )
     choices = shape.tokens // devices * model.moe.num_experts_per_tok
     needed = routed * choices * 6 * model.hidden_size * model.moe.intermediate_size
-    return Walk(text, {"attention": pairs, experts: needed / once}).counts()
+    return Walk(text, trips | {experts: needed / once}).counts()
 
 
 def part_of(product: Product, shape: Shape) -> str | None:

@@ -218,9 +218,8 @@ class Walk:
             for name in instruction.operands
             for array in frame.computation.instructions[name].arrays
         )
-        kind, op_name = opcode.removesuffix("-start"), instruction.op_name
+        kind, op_name = opcode.removesuffix("-start"), _op_name(instruction, frame)
         if frame.instruction is not None and frame.instruction.opcode == "fusion":
-            op_name = op_name or frame.instruction.op_name
             # How programs for TPU write a reduce-scatter: a fusion that keeps a part of the sum.
             if kind == "all-reduce" and frame.computation.name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
@@ -233,7 +232,7 @@ class Walk:
             operations = self._product_operations(instruction, operands)
             if operations != 0:
                 moved = sum(array.bytes for array in (*operands, *instruction.arrays))
-                total.products.append(Product(instruction.op_name, operations, moved, times))
+                total.products.append(Product(op_name, operations, moved, times))
 
     def _product_operations(
         self, instruction: Instruction, operands: tuple[Array, ...]
@@ -254,6 +253,13 @@ class Walk:
             return dot_operations(instruction.arrays[0], operands[0], contracted)
         target = instruction.attribute("custom_call_target") or ""
         return None if KERNELS.search(target) else 0
+
+
+def _op_name(instruction: Instruction, frame: Frame) -> str:
+    """An instruction that XLA has made may have none: then that of the fusion or loop around it."""
+    while not instruction.op_name and frame.instruction is not None and frame.caller is not None:
+        instruction, frame = frame.instruction, frame.caller
+    return instruction.op_name
 
 
 def dot_operations(result: Array, left: Array, contracted: tuple[int, ...]) -> float:
