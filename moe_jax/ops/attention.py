@@ -142,8 +142,7 @@ def _backward(scale, blocks, kept, d_values_NAGRLV):
     deltas = jnp.sum(d_values_NAGRLV.astype(jnp.float32) * values.astype(jnp.float32), axis=-1)
 
     def of_key(dq_NAGQRL, inputs):
-        number, last, k, v = inputs
-        k_transposed = jnp.swapaxes(k, -1, -2)
+        number, last, k, k_transposed, v = inputs
 
         # Scores lie keys first: so each product has its operands as they lie.
         def add(query, carry):
@@ -167,7 +166,10 @@ def _backward(scale, blocks, kept, d_values_NAGRLV):
 
     numbers, _, last_N = _ranges(ids_NAL, blocks)
     dq_NAGQRL = _zeros(jnp.moveaxis(q_NAGRLQ, -1, 3).shape)
-    dq_NAGQRL, (dk, dv) = jax.lax.scan(of_key, dq_NAGQRL, (numbers, last_N, k_NAGMQ, v_NAGMV))
+    # Turned over out here: in the loop, XLA makes a product of it that it lacks on CPU in bfloat16.
+    k_NAGQM = jnp.swapaxes(k_NAGMQ, -1, -2)
+    inputs = numbers, last_N, k_NAGMQ, k_NAGQM, v_NAGMV
+    dq_NAGQRL, (dk, dv) = jax.lax.scan(of_key, dq_NAGQRL, inputs)
     return jnp.moveaxis(dq_NAGQRL, 3, -1).astype(q_NAGRLQ.dtype), dk, dv, None
 
 

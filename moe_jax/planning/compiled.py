@@ -219,10 +219,9 @@ class Walk:
             for array in frame.computation.instructions[name].arrays
         )
         kind, op_name = opcode.removesuffix("-start"), _op_name(instruction, frame)
-        if frame.instruction is not None and frame.instruction.opcode == "fusion":
-            # How programs for TPU write a reduce-scatter: a fusion that keeps a part of the sum.
-            if kind == "all-reduce" and frame.computation.name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
+        if kind == "all-reduce" and frame.computation.name.startswith("all-reduce-scatter"):
+            # How programs for TPU write it: a fusion that keeps a part of the sum.
+            kind = "reduce-scatter"
         if kind in COLLECTIVES:
             group = group_size(instruction.attributes)
             sent = sent_bytes(kind, operands, group)

@@ -169,3 +169,27 @@ def test_no_array_grows_with_the_square_of_the_length() -> None:
     compiled = quick_jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs, ids).compile()
     assert f"{length},{length}]" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < length * length * 2
+
+
+def test_several_short_rows_in_bfloat16_as_compiled_for_training() -> None:
+    """Not quick_jit: what XLA makes of products of bfloat16 depends on its optimizations."""
+    rng = np.random.default_rng(0)
+    rows, length = 4, 128
+    q, k, v = (rng.normal(size=(rows, length, 4, dim)).astype(jnp.bfloat16) for dim in (48, 48, 32))
+    segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1).astype(np.int32)
+    direction = rng.normal(size=v.shape).astype(np.float32)
+
+    def run(function, q, k, v, segments, direction):
+        def loss(q, k, v):
+            return jnp.sum(function(q, k, v, segments, 0.1).astype(jnp.float32) * direction)
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    placed = _place(q, k, v, segments, direction)
+    found = jax.jit(run, static_argnums=0)(attention, *placed)
+    wide = (*(x.astype(jnp.float32) for x in placed[:3]), *placed[3:])
+    expected = jax.jit(run, static_argnums=0)(attention_reference, *wide)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(gradient, np.float32) - wanted) / np.linalg.norm(wanted)
+        assert error < 1e-2
