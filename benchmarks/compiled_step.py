@@ -35,7 +35,8 @@ two that routed layers take one after the other (*halves*: `training.split_micro
 - *operations*: compiled, over what the model needs (`planning/operations.py`).
 - *exchange*: bytes that leave a device in all-to-alls, over one copy of each token for each device
   that holds one of its experts, there and back, forward and backward
-  (`planning/communication.py`).
+  (`planning/communication.py`). Below 1 where XLA narrows gradients of float32 results, on their
+  way back to the experts, to the bfloat16 in which these take them.
 - *hidden*: the share of the exchanges' own time, at the stated rates of the links, that is filled
   with products between start and done (`planning/overlap.py`).
 - *memory*: of one device, state and temporaries.
