@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import MESH_AXES, MeshConfig, UserError
@@ -61,6 +61,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, DEVICE_ORDER, axis_types=(AxisType.Explicit,) * len(shape))
 
 
+def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
+    """A mesh without devices, to trace for.
+
+    Args:
+      sizes: of `mesh_sizes`.
+      platform: whose back ends "auto" means; "cpu", "gpu" or "tpu".
+    """
+    shape = tuple(sizes[axis] for axis in DEVICE_ORDER)
+    device = AbstractDevice(platform, None, platform)
+    types = (AxisType.Explicit,) * len(shape)
+    return AbstractMesh(shape, DEVICE_ORDER, types, abstract_device=device)
+
+
 def num_shards(mesh_shape: dict[str, int], axes: Sequence[str]) -> int:
     """Into how many parts these axes split a dim."""
     return math.prod(mesh_shape[axis] for axis in axes)
@@ -74,13 +87,16 @@ def parameter_spec(shape: Sequence[int], logical_axes: Sequence[str | None]) -> 
     """
     assert len(shape) == len(logical_axes), (shape, logical_axes)
     mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
-    spec: list[tuple[str, ...] | None] = []
-    for size, name in zip(shape, logical_axes, strict=True):
-        axes = RULES[name] if name else ()
-        while axes and size % num_shards(mesh_shape, axes):
-            axes = axes[:-1]
-        spec.append(axes or None)
-    return P(*spec)
+    rules = [RULES[name] if name else () for name in logical_axes]
+    spec = [dividing(size, axes, mesh_shape) for size, axes in zip(shape, rules, strict=True)]
+    return P(*(axes or None for axes in spec))
+
+
+def dividing(size: int, axes: tuple[str, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """The longest leading part of these mesh axes that divides a dim of this size."""
+    while axes and size % num_shards(mesh_shape, axes):
+        axes = axes[:-1]
+    return axes
 
 
 def split_axes(spec: P, dim: int) -> tuple[str, ...]:

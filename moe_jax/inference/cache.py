@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig
+from moe_jax.layers.cache import of_heads, values_per_token
 from moe_jax.models.decoder import Cache
 
 
@@ -18,26 +19,6 @@ def with_slots(entries: Cache, slots: int) -> Cache:
         return jnp.pad(e, [(0, 0), (0, 0), (0, slots - e.shape[2])] + [(0, 0)] * (e.ndim - 3))
 
     return jax.tree.map(fill, entries)
-
-
-def values_per_token(config: ModelConfig, speculative: bool = False) -> int:
-    """Values that a token takes in all layers (DeepSeek-V2, table 1).
-
-    With speculation, the module that drafts is one more layer.
-    """
-    attention = config.attention
-    if attention.kind == "latent":
-        one_layer = attention.kv_lora_rank + attention.qk_rope_head_dim
-    else:
-        one_layer = 2 * attention.num_key_value_heads * attention.head_dim
-    return (config.num_hidden_layers + speculative) * one_layer
-
-
-def of_heads(config: ModelConfig, heads: int, speculative: bool = False) -> int:
-    """The same for keys and values of so many heads, not compressed."""
-    attention = config.attention
-    dim = attention.qk_nope_head_dim if attention.kind == "latent" else attention.head_dim
-    return (config.num_hidden_layers + speculative) * 2 * heads * dim
 
 
 def describe(

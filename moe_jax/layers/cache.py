@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import ModelConfig
 from moe_jax.sharding import BATCH, BATCH_AXES, P
 
 Entries = dict[str, jax.Array]  # by name, [batch, length, ...] each
@@ -45,3 +46,23 @@ class LayerCache(NamedTuple):
         return jax.tree.map(
             lambda c: jax.lax.dynamic_index_in_dim(c, self.layer, keepdims=False), self.stacked
         )
+
+
+def values_per_token(config: ModelConfig, speculative: bool = False) -> int:
+    """Values that a token takes in all layers (DeepSeek-V2, table 1).
+
+    With speculation, the module that drafts is one more layer.
+    """
+    attention = config.attention
+    if attention.kind == "latent":
+        one_layer = attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        one_layer = 2 * attention.num_key_value_heads * attention.head_dim
+    return (config.num_hidden_layers + speculative) * one_layer
+
+
+def of_heads(config: ModelConfig, heads: int, speculative: bool = False) -> int:
+    """The same for keys and values of so many heads, not compressed."""
+    attention = config.attention
+    dim = attention.qk_nope_head_dim if attention.kind == "latent" else attention.head_dim
+    return (config.num_hidden_layers + speculative) * 2 * heads * dim

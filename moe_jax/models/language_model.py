@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
@@ -88,14 +88,16 @@ class LanguageModel:
 
 
 def abstract_weights(
-    config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32
+    config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Any = jnp.float32
 ) -> tuple[Tree, Tree]:
     """Shapes, dtypes and shardings of a model's parameters and router biases.
 
+    Args:
+      mesh: `sharding.abstract_mesh` where no devices are needed.
     Returns:
       Two nested dicts of `jax.ShapeDtypeStruct`; parameters are `dtype`, biases float32.
     """
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = _shapes(config, PrecisionConfig())
     _, parameters, router_bias = nnx.split(model, nnx.Param, RouterBias)
 

@@ -1,20 +1,35 @@
-"""Parameters and operations of a model, counted from its config and its shapes."""
+"""Parameters and operations of a model, counted from its config and its shapes.
 
-import math
+An operation is a multiplication or an addition in a matrix product. Norms, rotations, softmax and
+the optimizer, a few per entry of what products make, count as none; look-ups make none.
+"""
+
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
-
 from moe_jax.config import ModelConfig
+from moe_jax.planning.weights import GROUPS, Weight, listed
+
+# What the backward pass of attention computes again of the forward one, whatever the policy: times
+# the product of queries and keys, and of weights and values (Dao et al. 2022, algorithm 4). The
+# kernels have one pass for queries and one for keys and values.
+ATTENTION_AGAIN = {"cpu": (1, 0), "gpu": (2, 1), "tpu": (2, 1)}
 
 
 class Parameters(NamedTuple):
-    """total: of the main model; active: those of them that one token uses; mtp: of the modules of
-    multi-token prediction, which are counted in neither."""
+    """How many there are.
+
+    total: of the main model.
+    active: those of them that one token uses.
+    mtp: of the modules of multi-token prediction, which are counted in neither.
+    by_group, mtp_by_group: the same by `weights.GROUPS`.
+    """
 
     total: int
     active: int
     mtp: int
+    by_group: dict[str, int]
+    mtp_by_group: dict[str, int]
 
 
 def count_parameters(parameters: Any, router_bias: Any, config: ModelConfig) -> Parameters:
@@ -26,46 +41,113 @@ def count_parameters(parameters: Any, router_bias: Any, config: ModelConfig) -> 
     Args:
       parameters, router_bias: trees of arrays or of their shapes.
     """
-    mtp = _size(parameters.get("mtp", {})) + _size(router_bias.get("mtp", {}))
-    biases = _size(router_bias.get("moe_blocks", {}))
-    total = _size(parameters) + _size(router_bias) - mtp
-    moe = config.moe
-    routed_layers = config.num_hidden_layers - config.first_k_dense_replace
-    one_expert = 3 * config.hidden_size * moe.intermediate_size
-    unchosen = routed_layers * (moe.num_experts - moe.num_experts_per_tok) * one_expert
-    return Parameters(total, total - biases - unchosen, mtp)
+    return count(listed(parameters, router_bias), config)
 
 
-def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+def count(weights: Iterable[Weight], config: ModelConfig) -> Parameters:
+    """The same of `weights_of`."""
+    main, mtp, biases = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), 0
+    for weight in weights:
+        of = mtp if weight.stack == "mtp" else main
+        of[weight.group] += weight.size
+        if of is main and not weight.trained:
+            biases += weight.size
+    total = sum(main.values())
+    unchosen = main["routed"] - _chosen(main["routed"], config)
+    return Parameters(total, total - biases - unchosen, sum(mtp.values()), main, mtp)
 
 
-def training_operations(config: ModelConfig, count: Parameters, length: int) -> float:
-    """Operations per token, forward and backward, that the model needs; none for recomputation.
+def _chosen(routed: int, config: ModelConfig) -> int:
+    """Of the weights of all routed experts, those of one token's."""
+    return routed * config.moe.num_experts_per_tok // config.moe.num_experts
 
-    6 per active parameter but the embedding, which is a look-up, and the causal half of
-    attention's two products. Multi-token prediction adds its own, and the head once more a depth.
+
+def forward_operations(config: ModelConfig, count: Parameters, length: float) -> dict[str, float]:
+    """Operations of a token by group; "scores" are attention's products without weights.
+
+    Multi-token prediction is one group, with its scores and the head, which it reads once more a
+    depth.
 
     Args:
-      count: of `count_parameters`.
-      length: of a row, in tokens, as if each were one document.
+      length: of a row, or of the documents in it where they are masked from one another: a token
+        attends to half of them and itself.
     """
-    attention, depth = config.attention, config.num_nextn_predict_layers
-    if attention.kind == "latent":
-        query_key = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-        head_dims = query_key + attention.v_head_dim
-    else:
-        head_dims = 2 * attention.head_dim
-    layers = config.num_hidden_layers + depth
-    scores = layers * attention.num_heads * head_dims * length / 2
-    table = config.vocab_size * config.hidden_size
-    # A tied table is looked up and is the head as well.
-    products = count.active - (0 if config.tie_word_embeddings else table)
+    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    head = _head(config, count)
+    of_main = _products(count.by_group, config) | {"head": 2.0 * head}
+    scores = sum(score_operations(config, length))
+    operations = of_main | {"scores": layers * scores}
     if depth:
-        moe = config.moe
-        one_expert = 3 * config.hidden_size * moe.intermediate_size
-        routed = config.num_hidden_layers > config.first_k_dense_replace
-        unchosen = (moe.num_experts - moe.num_experts_per_tok) * one_expert if routed else 0
-        biases = moe.num_experts if routed and moe.topk_method == "noaux_tc" else 0
-        products += count.mtp + depth * (table - unchosen - biases)
-    return 6.0 * (products + scores)
+        of_mtp = sum(_products(count.mtp_by_group, config).values())
+        operations["mtp"] = of_mtp + depth * (scores + 2.0 * head)
+    return operations
+
+
+def _products(by_group: dict[str, int], config: ModelConfig) -> dict[str, float]:
+    used = by_group | {"routed": _chosen(by_group["routed"], config)}
+    return {g: 2.0 * n for g, n in used.items() if g not in ("embedding", "head", "other")}
+
+
+def _head(config: ModelConfig, count: Parameters) -> int:
+    """Weights of the product that makes logits; a tied table is looked up and is the head."""
+    return count.by_group["embedding" if config.tie_word_embeddings else "head"]
+
+
+def score_operations(config: ModelConfig, length: float) -> tuple[float, float]:
+    """Of one layer and token: queries times keys, and weights times values."""
+    attention = config.attention
+    if attention.kind == "latent":
+        query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        value = attention.v_head_dim
+    else:
+        query = value = attention.head_dim
+    pairs = attention.num_heads * (length + 1) / 2
+    return 2.0 * query * pairs, 2.0 * value * pairs
+
+
+def training_operations(config: ModelConfig, count: Parameters, length: float) -> float:
+    """Operations per token, forward and backward, that the model needs; none for recomputation.
+
+    Each product has two of its size in the backward pass.
+    """
+    return 3.0 * sum(forward_operations(config, count, length).values())
+
+
+def dense_operations(config: ModelConfig, count: Parameters, length: float) -> float:
+    """The same of a dense model with as many parameters and the same attention."""
+    unchosen = sum(
+        of["routed"] - _chosen(of["routed"], config) for of in (count.by_group, count.mtp_by_group)
+    )
+    return training_operations(config, count, length) + 6.0 * unchosen
+
+
+def recomputed_operations(
+    config: ModelConfig,
+    weights: Iterable[Weight],
+    length: float,
+    rematerialization: str,
+    platform: str,
+) -> dict[str, float]:
+    """Operations of a token that the backward pass repeats, by group.
+
+    Under all policies but "none" a layer's products run again, but for those whose results are
+    kept or that no gradient asks for: the last of a feed-forward part, whose result only enters the
+    stream. `latent` and `minimal` keep MLA's latents and the result of attention
+    (docs/rematerialization.md holds this against compiled programs).
+    """
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    of_query, of_value = score_operations(config, length)
+    query_again, value_again = ATTENTION_AGAIN[platform]
+    again = {"scores": layers * (query_again * of_query + value_again * of_value)}
+    if rematerialization == "none":
+        return again
+    kept = {"down"}  # or not asked for
+    if rematerialization == "full":
+        again["scores"] += layers * (of_query + of_value)
+    else:
+        kept |= {"query_down", "kv_down"}
+    for weight in weights:
+        if weight.stack and weight.group != "other" and not kept & set(weight.path):
+            size = _chosen(weight.size, config) if weight.group == "routed" else weight.size
+            again[weight.group] = again.get(weight.group, 0.0) + 2.0 * size
+    return again

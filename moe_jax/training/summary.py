@@ -8,7 +8,7 @@ import jax
 from moe_jax.config import Config
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.planning.operations import Parameters
-from moe_jax.training.display import format_bytes, format_count, format_duration
+from moe_jax.units import format_bytes, format_count, format_duration
 
 
 def machine(mesh: jax.sharding.Mesh, peak: float, peak_source: str) -> list[str]:

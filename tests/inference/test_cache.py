@@ -9,8 +9,9 @@ import pytest
 from emulated import make_mesh
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.inference.cache import describe, of_heads, values_per_token
+from moe_jax.inference.cache import describe
 from moe_jax.inference.generation import Generator
+from moe_jax.layers.cache import of_heads, values_per_token
 
 V3 = ModelConfig(
     num_hidden_layers=61,

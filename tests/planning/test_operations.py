@@ -12,7 +12,13 @@ from moe_jax.config import (
     MoEConfig,
 )
 from moe_jax.models.language_model import abstract_weights
-from moe_jax.planning.operations import Parameters, count_parameters, training_operations
+from moe_jax.planning.operations import (
+    count,
+    count_parameters,
+    dense_operations,
+    training_operations,
+)
+from moe_jax.planning.weights import weights_of
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -47,7 +53,7 @@ def test_a_small_model_by_hand() -> None:
     routed = attention + norms + 6 * 8 + (8 + 2) * one_expert
     outside = 2 * 11 * 6 + 6  # embedding and head, the last norm
     bias = 2 * 8
-    total, active, mtp = count_parameters(*_shapes(SMALL), SMALL)
+    total, active, mtp = count_parameters(*_shapes(SMALL), SMALL)[:3]
     assert total == outside + dense + 2 * routed + bias
     assert mtp == 0
     assert active == total - bias - 2 * (8 - 2) * one_expert
@@ -69,40 +75,66 @@ def test_a_model_without_routed_layers_uses_all_its_parameters() -> None:
     config = dataclasses.replace(SMALL, first_k_dense_replace=3)
     parameters, router_bias = _shapes(config)
     assert not jax.tree.leaves(router_bias)
-    total, active, _ = count_parameters(parameters, router_bias, config)
+    total, active = count_parameters(parameters, router_bias, config)[:2]
     assert total == active > 0
 
 
 def test_operations_by_hand() -> None:
     # Two per weight and token forward, twice that backward; the embedding is a look-up. Position p
-    # scores p + 1 keys of 3 + 2 dims and adds up as many values of 7: half of all, in a long row.
-    products = 1000 - 11 * 6
-    scores = 3 * 2 * (3 + 2 + 7) * 32 / 2
-    count = Parameters(total=5000, active=1000, mtp=0)
-    assert training_operations(SMALL, count, 32) == 6 * (products + scores)
+    # scores p + 1 keys of 3 + 2 dims and adds up as many values of 7. Norms are no products.
+    scores = 3 * 2 * (3 + 2 + 7) * 33 / 2
+    counted = count_parameters(*_shapes(SMALL), SMALL)
+    norms = 3 * (2 * 6 + 5 + 4) + 6
+    products = counted.active - 11 * 6 - norms
+    assert training_operations(SMALL, counted, 32) == 6 * (products + scores)
     # A tied table is the head as well.
     tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
-    assert training_operations(tied, count, 32) == 6 * (1000 + scores)
+    tied_count = count_parameters(*_shapes(tied), tied)
+    assert tied_count.total == counted.total - 11 * 6
+    assert training_operations(tied, tied_count, 32) == 6 * (products + scores)
 
 
 def test_operations_of_grouped_queries() -> None:
     heads = AttentionConfig(kind="grouped_query", num_heads=4, num_key_value_heads=2, head_dim=10)
     config = dataclasses.replace(SMALL, attention=heads)
-    scores = 3 * 4 * (10 + 10) * 32 / 2
-    count = Parameters(total=5000, active=1000, mtp=0)
-    assert training_operations(config, count, 32) == 6 * (1000 - 11 * 6 + scores)
+    scores = 3 * 4 * (10 + 10) * 33 / 2
+    counted = count_parameters(*_shapes(config), config)
+    products = counted.active - 11 * 6 - 3 * 2 * 6 - 6
+    assert training_operations(config, counted, 32) == 6 * (products + scores)
 
 
 def test_what_predicts_ahead_reads_its_experts_and_the_head_once_more() -> None:
     config = dataclasses.replace(SMALL, num_nextn_predict_layers=2)
-    count = count_parameters(*_shapes(config), config)
+    counted = count_parameters(*_shapes(config), config)
     plain = count_parameters(*_shapes(SMALL), SMALL)
     one_expert = 3 * 6 * 9
     block = 6 * 5 + 5 + 5 * 2 * 5 + 6 * 6 + 4 + 4 * 2 * 10 + 2 * 7 * 6 + 2 * 6
     block += 6 * 8 + 8 + (8 + 2) * one_expert
-    assert count == (plain.total, plain.active, 2 * (block + 2 * 6 * 6 + 3 * 6))
-    more = count.mtp - 2 * (8 - 2) * one_expert - 2 * 8 + 2 * 11 * 6
-    scores = 2 * 2 * (3 + 2 + 7) * 32 / 2
-    assert training_operations(config, count, 32) == training_operations(SMALL, plain, 32) + 6 * (
+    assert counted[:3] == (plain.total, plain.active, 2 * (block + 2 * 6 * 6 + 3 * 6))
+    norms = 2 * (2 * 6 + 5 + 4 + 3 * 6)
+    more = counted.mtp - 2 * (8 - 2) * one_expert - 2 * 8 + 2 * 11 * 6 - norms
+    scores = 2 * 2 * (3 + 2 + 7) * 33 / 2
+    assert training_operations(config, counted, 32) == training_operations(SMALL, plain, 32) + 6 * (
         more + scores
     )
+
+
+def test_groups_add_up_and_a_dense_model_of_equal_size_uses_all() -> None:
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=1)
+    counted = count_parameters(*_shapes(config), config)
+    assert sum(counted.by_group.values()) == counted.total
+    assert sum(counted.mtp_by_group.values()) == counted.mtp
+    assert counted.by_group["routed"] == 2 * 8 * 3 * 6 * 9
+    assert counted.by_group["other"] == 3 * (2 * 6 + 5 + 4) + 6 + 2 * 8
+    all_chosen = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, num_experts_per_tok=8)
+    )
+    dense = dense_operations(config, counted, 32)
+    assert dense == training_operations(all_chosen, counted, 32) > training_operations(
+        config, counted, 32
+    )
+
+
+def test_weights_of_a_model_that_is_not_here_are_those_of_one_that_is() -> None:
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=1)
+    assert count(weights_of(config), config) == count_parameters(*_shapes(config), config)
