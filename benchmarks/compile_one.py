@@ -25,8 +25,9 @@ from moe_jax.planning import topologies
 from moe_jax.planning.communication import exchanged_rows
 from moe_jax.planning.compiled import Collective, Counts, Kernel, Walk
 from moe_jax.planning.hlo import Array
+from moe_jax.planning.machines import of_device_kind
 from moe_jax.planning.operations import count_parameters, training_operations
-from moe_jax.planning.overlap import overlaps, rates_of
+from moe_jax.planning.overlap import overlaps
 from moe_jax.training.loop import abstract_state
 from moe_jax.training.step import init_state, make_train_step
 
@@ -111,6 +112,8 @@ def main() -> None:
 def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state: Any) -> dict:
     """What one device does with so many tokens, and what it would have to."""
     kind = mesh.devices.flat[0].device_kind
+    machine = of_device_kind(kind)
+    assert machine is not None, f"{kind} is not in machines.toml"
     # Programs for GPU do not carry what a kernel's author declares.
     walk = Walk(text, expected_trips(text, config, mesh), GPU_KERNELS if "NVIDIA" in kind else None)
     counts = walk.counts()
@@ -118,9 +121,7 @@ def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state
     needed = training_operations(config.model, parameters, LENGTH) * tokens
     exchanges = [c for c in counts.collectives if is_exchange(c)]
     of_exchanges = [
-        o
-        for o in overlaps(walk, rates_of(kind))
-        if is_exchange(o.collective) and o.collective.times
+        o for o in overlaps(walk, machine) if is_exchange(o.collective) and o.collective.times
     ]
     largest = largest_part(state["parameters"])
     return {

@@ -16,7 +16,7 @@ from benchmarks.timing import median_seconds
 from moe_jax import config as configs
 from moe_jax import sharding, validation
 from moe_jax.ops import routing
-from moe_jax.planning.machine import peak_operations
+from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.training import step
 

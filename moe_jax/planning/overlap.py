@@ -2,7 +2,7 @@
 
 The text of a program for TPU or GPU is its schedule. Between the start and the done of an
 asynchronous collective stand the products that run while bytes travel. Their time, at the chip's
-stated rates, is held against the collective's own. What is no product counts as no time. Links
+stated bf16 rates, is held against the collective's own. What is no product counts as no time. Links
 are taken to be otherwise idle, and collectives that are open at once share the same products.
 """
 
@@ -10,26 +10,8 @@ from typing import NamedTuple
 
 from moe_jax.planning.compiled import Collective, Counts, Run, Walk
 from moe_jax.planning.hlo import Instruction
+from moe_jax.planning.machines import Machine
 from moe_jax.planning.trips import Frame
-
-
-class Rates(NamedTuple):
-    """Of one device: operations a second in bf16, bytes a second of its memory and of all its
-    links together, one way."""
-
-    operations: float
-    memory: float
-    links: float
-
-
-# From the makers' data sheets, by the name that JAX gives the device. A TPU7x chip is two devices.
-RATES = {
-    "TPU v5p": Rates(459e12, 2765e9, 600e9),
-    "TPU v5": Rates(459e12, 2765e9, 600e9),
-    "TPU v6 lite": Rates(918e12, 1640e9, 400e9),
-    "TPU7x": Rates(1153e12, 3690e9, 300e9),
-    "NVIDIA H100": Rates(989e12, 3352e9, 450e9),  # NVLink
-}
 
 
 class Overlap(NamedTuple):
@@ -45,7 +27,7 @@ class Overlap(NamedTuple):
         return min(1.0, self.work / self.seconds) if self.seconds else 1.0
 
 
-def overlaps(walk: Walk, rates: Rates) -> list[Overlap]:
+def overlaps(walk: Walk, machine: Machine) -> list[Overlap]:
     """Every collective that runs; one without start and done has no work beside it."""
     found = []
     for run in walk.runs():
@@ -58,7 +40,7 @@ def overlaps(walk: Walk, rates: Rates) -> list[Overlap]:
             while not start.opcode.endswith("-start") and start.operands:
                 start = _operand(start, run.frame)
             collectives = walk.counts_of(run._replace(instruction=start)).collectives
-            work = _work_between(walk, run, begin.name, rates)
+            work = _work_between(walk, run, begin.name, machine)
         elif opcode.endswith("-start"):
             continue
         else:
@@ -66,29 +48,25 @@ def overlaps(walk: Walk, rates: Rates) -> list[Overlap]:
             work = 0.0
         for collective in collectives:
             here = collective._replace(times=run.times)
-            found.append(Overlap(here, here.bytes / rates.links, work))
+            found.append(Overlap(here, here.bytes / machine.fast_links, work))
     return found
 
 
-def rates_of(device_kind: str) -> Rates:
-    """Of the longest name that fits."""
-    return RATES[max((name for name in RATES if device_kind.startswith(name)), key=len)]
-
-
-def seconds_of_products(counts: Counts, rates: Rates) -> float:
+def seconds_of_products(counts: Counts, machine: Machine) -> float:
     """At the rate of the matrix units or of memory, whichever takes longer."""
+    operations = machine.operations["bfloat16"]
     return sum(
-        p.times * max((p.operations or 0.0) / rates.operations, p.bytes / rates.memory)
+        p.times * max((p.operations or 0.0) / operations, p.bytes / machine.memory_bandwidth)
         for p in counts.products
     )
 
 
-def _work_between(walk: Walk, done: Run, begin: str, rates: Rates) -> float:
+def _work_between(walk: Walk, done: Run, begin: str, machine: Machine) -> float:
     names = list(done.frame.computation.instructions)
     between = names[names.index(begin) + 1 : names.index(done.instruction.name)]
     instructions = done.frame.computation.instructions
     return sum(
-        seconds_of_products(walk.counts_of(done._replace(instruction=instructions[name])), rates)
+        seconds_of_products(walk.counts_of(done._replace(instruction=instructions[name])), machine)
         for name in between
     )
 

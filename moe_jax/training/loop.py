@@ -22,7 +22,7 @@ from moe_jax.inference.generation import Generator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.weights import load_weights
 from moe_jax.models.language_model import LanguageModel
-from moe_jax.planning.machine import peak_operations
+from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.training import resume, summary
 from moe_jax.training.checkpoint import Checkpoints, check_writable

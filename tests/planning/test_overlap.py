@@ -3,9 +3,10 @@
 import pytest
 
 from moe_jax.planning.compiled import Walk
-from moe_jax.planning.overlap import RATES, Rates, overlaps, rates_of
+from moe_jax.planning.machines import Machine
+from moe_jax.planning.overlap import overlaps
 
-RATES_OF_TEST = Rates(operations=1e6, memory=1e6, links=1e3)
+MACHINE = Machine("m", {"bfloat16": 1e6}, memory=1e6, memory_bandwidth=1e6, fast_links=1e3)
 START = (
     "%s = ((f32[10,100]), f32[10,100]) all-to-all-start(%x), replica_groups={{0,1}}, dimensions={0}"
 )
@@ -21,12 +22,14 @@ def _walk(*lines: str) -> Walk:
 
 def test_a_product_between_start_and_done_hides_the_exchange() -> None:
     # Half of 4000 bytes leave; 20,000 operations take longer than 8,400 bytes.
-    (found,) = overlaps(_walk(START, PRODUCT, f"ROOT {DONE}"), RATES_OF_TEST)
+    (found,) = overlaps(_walk(START, PRODUCT, f"ROOT {DONE}"), MACHINE)
     assert (found.collective.kind, found.collective.times) == ("all-to-all", 1.0)
     assert found.seconds == pytest.approx(2.0)
     assert found.work == pytest.approx(0.02)
     assert found.share == pytest.approx(0.01)
-    (found,) = overlaps(_walk(START, PRODUCT, f"ROOT {DONE}"), Rates(1e3, 1e6, 1e3))
+    (found,) = overlaps(
+        _walk(START, PRODUCT, f"ROOT {DONE}"), MACHINE._replace(operations={"bfloat16": 1e3})
+    )
     assert found.share == 1.0
 
 
@@ -42,7 +45,7 @@ def test_a_product_between_start_and_done_hides_the_exchange() -> None:
     ],
 )
 def test_work_that_stands_elsewhere_hides_nothing(lines: tuple[str, ...]) -> None:
-    (found,) = overlaps(_walk(*lines), RATES_OF_TEST)
+    (found,) = overlaps(_walk(*lines), MACHINE)
     assert (found.seconds, found.work, found.share) == (2.0, 0.0, 0.0)
 
 
@@ -60,11 +63,6 @@ def test_on_the_sparse_cores_bytes_travel_from_the_update_on() -> None:
         f"  {PRODUCT}\n"
         "  ROOT %d = f32[10,100] custom-call-done(%u)\n}\n"
     )
-    (found,) = overlaps(Walk(inner + entry), RATES_OF_TEST)
+    (found,) = overlaps(Walk(inner + entry), MACHINE)
     assert found.work == pytest.approx(0.02)
     assert found.collective.asynchronous
-
-
-def test_rates_by_the_longest_name_that_fits() -> None:
-    assert rates_of("NVIDIA H100 80GB HBM3") == RATES["NVIDIA H100"]
-    assert rates_of("TPU v5p") == RATES["TPU v5p"]

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.planning import topologies
 from moe_jax.planning.compiled import Counts, Walk
-from moe_jax.planning.overlap import overlaps, rates_of
+from moe_jax.planning.machines import of_device_kind
+from moe_jax.planning.overlap import overlaps
 
 pytestmark = [
     pytest.mark.aot,
@@ -87,7 +88,9 @@ def test_products_and_exchanges_on_tpu_by_hand(layers: Callable, mesh: Mesh) -> 
     assert counts.collective_bytes("all-to-all") == LAYERS * 2 * TOKENS * DIM * 2 * 3 / 4
     assert counts.collective_bytes("all-gather") == LAYERS * 2 * DIM * HIDDEN * 2 / 2
     assert counts.loops == counts.not_counted == []
-    found = overlaps(walk, rates_of(mesh.devices.flat[0].device_kind))
+    machine = of_device_kind(mesh.devices.flat[0].device_kind)
+    assert machine is not None
+    found = overlaps(walk, machine)
     exchanges = [o for o in found if o.collective.kind == "all-to-all"]
     assert sum(o.collective.times for o in exchanges) == 2 * LAYERS
     assert math.isclose(
