@@ -134,6 +134,8 @@ def parse(text: str, machines: Mapping[str, Machine] | None = None) -> Topology:
             f"topology {text}: fast links join at most {machine.fast_domain} devices of {name}; "
             f"write hosts x devices of each, such as {name}:4x{machine.fast_domain}"
         )
+    if len(sizes) == 2 and sizes[0] > 1 and not machine.slow_links:
+        raise UserError(f"topology {text}: no links join hosts of {name}; its slow_links are 0")
     return Topology(machine, devices, sizes[-1], text)
 
 

@@ -92,6 +92,9 @@ def test_a_machine_of_five_lines(tmp_path: Path) -> None:
     topology = machines.parse("mine:4x2", machines.read(file))
     assert topology.machine.rate("float8_e4m3fn") == 200e12
     assert (topology.devices, topology.machine.memory) == (8, 48e9)
+    file.write_text(f"{FIVE_LINES}fast_domain = 2\n")
+    with pytest.raises(UserError, match="no links join hosts of mine; its slow_links are 0"):
+        machines.parse("mine:4x2", machines.read(file))
 
 
 @pytest.mark.parametrize(

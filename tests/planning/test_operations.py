@@ -130,8 +130,10 @@ def test_groups_add_up_and_a_dense_model_of_equal_size_uses_all() -> None:
         config, moe=dataclasses.replace(config.moe, num_experts_per_tok=8)
     )
     dense = dense_operations(config, counted, 32)
-    assert dense == training_operations(all_chosen, counted, 32) > training_operations(
-        config, counted, 32
+    assert (
+        dense
+        == training_operations(all_chosen, counted, 32)
+        > training_operations(config, counted, 32)
     )
 
 

@@ -1,0 +1,59 @@
+"""Two plans in JSON side by side: the figures that differ, and their ratios."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import differing, read_json
+from moe_jax.units import format_bytes, format_count
+
+# Figures under these names are bytes.
+BYTES = ("memory_per_device", "communication_per_step", "bytes_accessed", "cache_bytes_per_token")
+
+
+def lines(first: Path, second: Path) -> list[str]:
+    """For a person, in 80 columns.
+
+    Raises:
+      UserError: a file holds no JSON object.
+    """
+    changed = differing(*(_numbered(read_json(file)) for file in (first, second)), path="")
+    if not changed:
+        return [f"{first} and {second} plan the same"]
+    told = [
+        f"A  {first}",
+        f"B  {second}",
+        "",
+        f"{'':38} {'A':>15} {'B':>15} {'B / A':>9}",
+    ]
+    for path, (a, b) in changed.items():
+        name = path.removeprefix(".")
+        # The end of a long name says the most.
+        shown = name if len(name) <= 38 else f"...{name[-35:]}"
+        told.append(f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}")
+    return told
+
+
+def _numbered(value: Any) -> Any:
+    """The same with lists as objects, whose entries are compared one by one."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {name: _numbered(item) for name, item in value.items()}
+    return value
+
+
+def _figure(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        text = str(value)
+        return text if len(text) <= 15 else f"{text[:12]}..."
+    if set(name.split(".")) & set(BYTES):
+        return format_bytes(value)
+    return format_count(value) if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _ratio(a: Any, b: Any) -> str:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+    return f"{b / a:.3g}x" if numbers and a else ""

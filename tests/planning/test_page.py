@@ -1,0 +1,102 @@
+"""The page: well-formed, to scale, complete in itself."""
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from moe_jax.planning.page import BAR, LEFT, page
+
+GIB = 2**30
+PLAN: dict[str, Any] = {
+    "config": "configs/<mine> & yours.py",
+    "topology": "h100:4x8",
+    "mesh": {"data": 1, "fsdp": 4, "expert": 8},
+    "parameters": {"total": 671026419200, "active": 37552282624},
+    "memory_per_device": {
+        "total": 40 * GIB,
+        "capacity": 80 * GIB,
+        "by_kind": {"parameters": 10 * GIB, "kept <activations>": 30 * GIB, "nothing": 0},
+    },
+    "flops_per_token": {"by_group": {"routed": 40e9, "attention": 10e9}},
+    "communication_per_step": {"by_kind": {"dispatch": GIB}},
+    "step_seconds": 2.0,
+    "seconds_by_part": {"compute": 1.5, "memory": 0.005},
+    "tokens_per_second_per_device": 1543.2,
+    "mfu": 0.3894,
+}
+
+
+class Balanced(HTMLParser):
+    """Fails where a tag is closed that is not the last one opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def _pictures(text: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+
+
+def _widths(picture: ElementTree.Element) -> dict[str, float]:
+    """Of bars, by their titles."""
+    return {
+        bar.findtext("title", ""): float(bar.get("width", "nan"))
+        for bar in picture.iter("rect")
+        if bar.find("title") is not None
+    }
+
+
+def test_bars_are_to_scale() -> None:
+    all_kinds, kinds, operations, sent, seconds = _pictures(page(PLAN))
+    activations, parameters = "kept <activations>: 30.0 GiB", "parameters: 10.0 GiB"
+    widths = _widths(all_kinds)
+    assert widths == pytest.approx({activations: BAR * 3 / 8, parameters: BAR / 8}, abs=0.1)
+    (line,) = all_kinds.iter("line")
+    assert float(line.get("x1", "nan")) == LEFT + BAR
+    assert _widths(kinds) == pytest.approx({activations: BAR, parameters: BAR / 3}, abs=0.1)
+    assert _widths(operations) == pytest.approx({"routed: 40.0B": BAR, "attention: 10.0B": BAR / 4})
+    assert _widths(sent) == {"dispatch: 1.0 GiB": BAR}
+    assert _widths(seconds) == pytest.approx(
+        {"compute: 1.5 s": BAR * 0.75, "memory: 5 ms": BAR / 400}, abs=0.1
+    )
+    (line,) = seconds.iter("line")
+    assert float(line.get("x1", "nan")) == LEFT + BAR
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert 'class="bad"' not in page(PLAN).split("</style>")[1]
+    small = PLAN | {"memory_per_device": PLAN["memory_per_device"] | {"capacity": 32 * GIB}}
+    picture = _pictures(page(small))[0]
+    (told,) = (text for text in picture.iter("text") if text.get("class") == "bad")
+    assert told.text == "8.0 GiB more than its 32.0 GiB"
+    (line,) = picture.iter("line")
+    assert float(line.get("x1", "nan")) == pytest.approx(LEFT + BAR * 0.8, abs=0.1)
+
+
+def test_the_page_is_whole_and_alone() -> None:
+    text = page(PLAN)
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    assert not re.search(r"https?:|src=|href=|url\(|@import|<script", text)
+    for shown in ("configs/&lt;mine&gt; &amp; yours.py on h100:4x8", "mesh fsdp 4, expert 8"):
+        assert shown in text
+    for shown in ("671.0B", "37.6B", "1,543", "38.9%", "2 s"):
+        assert f"<dd>{shown}</dd>" in text
+
+
+def test_what_a_plan_lacks_is_left_out() -> None:
+    text = page({"topology": "v5p:4x4x4", "mfu": 0.5})
+    assert "<svg" not in text and "<section" not in text
+    assert text.count("<dd>") == 1
