@@ -4,8 +4,8 @@
     python -m moe_jax.main --config=configs/deepseek_v3.py:tiny    # the same on a laptop
 
 Sizes, routing and schedule are those of the report (arXiv 2412.19437, sections 2 and 4.2), but for
-the learning rate: warm-up and one cosine here. The batch is that of the end of training; its 15,360
-rows divide over up to 1,024 devices.
+the learning rate, warm-up and one cosine here, and the batch: 16,384 rows, since the 15,360 of the
+end of training do not divide over the 2,048 devices that it ran on.
 """
 
 from ml_collections import ConfigDict
@@ -47,9 +47,9 @@ def get_config(size: str = "full") -> ConfigDict:
     config.data.mask_documents = False
     config.data.num_streams = 1024
     config.data.stages = ({"sequence_length": 4096, "tokens": None},)
-    config.training.tokens_per_step = 15360 * 4096
-    config.training.micro_batches = 15
-    config.training.num_steps = 235_000  # 14.8 T tokens
+    config.training.tokens_per_step = 16384 * 4096
+    config.training.micro_batches = 8
+    config.training.num_steps = 220_500  # 14.8 T tokens
     config.training.mtp_late_from_tokens = 10_000_000_000_000
     config.checkpoint.every_steps = 500
     return sized(config, size)

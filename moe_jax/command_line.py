@@ -17,12 +17,16 @@ from moe_jax.config import UserError, field_names, unknown_field
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and calls `main` with the arguments that are left."""
+def run(main: Callable[[list[str]], None], most_arguments: int = 0) -> None:
+    """Parses the flags and calls `main` with the command and the arguments that are left.
+
+    Args:
+      most_arguments: that are no flags; more are refused.
+    """
     if not set(HELP).isdisjoint(sys.argv[1:]):
         print(_help(main.__module__))
         sys.exit()
-    app.run(lambda arguments: _guarded(main, arguments), flags_parser=_parse)
+    app.run(lambda arguments: _guarded(main, arguments, most_arguments), flags_parser=_parse)
 
 
 def config_name(flag: flags.FlagHolder[ConfigDict]) -> str:
@@ -31,9 +35,9 @@ def config_name(flag: flags.FlagHolder[ConfigDict]) -> str:
     return "_".join([Path(file).stem, argument]).rstrip("_")
 
 
-def _guarded(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        _refuse(f"{arguments[1]!r} is no flag; flags begin with --")
+def _guarded(main: Callable[[list[str]], None], arguments: list[str], most: int) -> None:
+    if len(arguments) > 1 + most:
+        _refuse(f"{arguments[1 + most]!r} is no flag; flags begin with --")
     try:
         main(arguments)
     except UserError as error:

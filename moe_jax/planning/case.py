@@ -31,9 +31,14 @@ class Case:
         Raises:
           UserError: the mesh does not fit the devices, or the batch or the experts the mesh.
         """
-        case = cls(config, devices, platform, tuple(weights_of(config.model)))
+        case = dataclasses.replace(cls.without_mesh(config), devices=devices, platform=platform)
         validation.check_mesh(config, case.sizes, platform)
         return case
+
+    @classmethod
+    def without_mesh(cls, config: Config) -> "Case":
+        """For what no mesh changes."""
+        return cls(config, 1, "cpu", tuple(weights_of(config.model)))
 
     def with_config(self, config: Config) -> "Case":
         """Another mesh or training of the same model."""
@@ -47,8 +52,8 @@ class Case:
     @property
     def mesh(self) -> str:
         """For a person: "fsdp 32, expert 64"."""
-        sizes = ", ".join(f"{axis} {self.sizes[axis]}" for axis in MESH_AXES if self.sizes[axis] > 1)
-        return sizes or "of one"
+        split = [axis for axis in MESH_AXES if self.sizes[axis] > 1]
+        return ", ".join(f"{axis} {self.sizes[axis]}" for axis in split) or "of one"
 
     @property
     def length(self) -> int:

@@ -117,9 +117,7 @@ def step(
     moved = product_bytes(case)
     bandwidth = machine.memory_bandwidth * efficiency.memory
     parts = {
-        group: Part(
-            tokens * number / rate / efficiency.products, moved.get(group, 0.0) / bandwidth
-        )
+        group: Part(tokens * number / rate / efficiency.products, moved.get(group, 0.0) / bandwidth)
         for group, number in operations.items()
         if number
     }

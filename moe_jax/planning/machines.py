@@ -35,6 +35,13 @@ class Machine(NamedTuple):
     devices_per_chip: int = 1
     source: str = ""
 
+    @property
+    def platform(self) -> str:
+        """Whose back ends programs for it take."""
+        if self.name == "cpu":
+            return "cpu"
+        return "tpu" if self.device_kind.startswith("TPU") else "gpu"
+
     def rate(self, dtype: str) -> float:
         """Operations a second; what the device has no units for runs as bfloat16.
 

@@ -22,6 +22,8 @@ from moe_jax.planning.communication import buffer_rows
 from moe_jax.sharding import EXPERT_AXES
 
 FLOAT32 = INT32 = 4
+# Of a device's memory. What is estimated here is off by as much (docs/planning.md).
+USABLE = 0.9
 
 
 def memory(case: Case) -> dict[str, float]:

@@ -131,24 +131,25 @@ def recomputed_operations(
     """Operations of a token that the backward pass repeats, by group.
 
     Under all policies but "none" a layer's products run again, but for those whose results are
-    kept or that no gradient asks for: the last of a feed-forward part, whose result only enters the
-    stream, save where a module that predicts ahead ends in a norm. `latent` and `minimal` keep MLA's
-    latents and the result of attention (docs/rematerialization.md).
+    kept or that no gradient asks for: the last of a feed-forward part, whose result only enters
+    the stream, save where a module that predicts ahead ends in a norm. `latent` and `minimal` keep
+    MLA's latents and the result of attention (docs/rematerialization.md).
     """
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
     of_query, of_value = score_operations(config, length)
     query_again, value_again = ATTENTION_AGAIN[platform]
-    again = {"scores": layers * (query_again * of_query + value_again * of_value)}
+    scores = query_again * of_query + value_again * of_value
+    if rematerialization == "full":
+        scores += of_query + of_value
+    again = {"scores": config.num_hidden_layers * scores}
+    if config.num_nextn_predict_layers:
+        again["mtp"] = config.num_nextn_predict_layers * scores
     if rematerialization == "none":
         return again
-    kept = set()
-    if rematerialization == "full":
-        again["scores"] += layers * (of_query + of_value)
-    else:
-        kept = {"query_down", "kv_down"}
+    kept = set() if rematerialization == "full" else {"query_down", "kv_down"}
     for weight in weights:
         spared = kept if weight.stack == "mtp" else kept | {"down"}
         if weight.stack and weight.group != "other" and not spared & set(weight.path):
+            group = "mtp" if weight.stack == "mtp" else weight.group
             size = _chosen(weight.size, config) if weight.group == "routed" else weight.size
-            again[weight.group] = again.get(weight.group, 0.0) + 2.0 * size
+            again[group] = again.get(group, 0.0) + 2.0 * size
     return again

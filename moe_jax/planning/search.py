@@ -9,7 +9,8 @@ from moe_jax.config import Config, MeshConfig
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency, Step, step
 from moe_jax.planning.machines import Topology
-from moe_jax.planning.memory import memory
+from moe_jax.planning.memory import USABLE, memory
+from moe_jax.sharding import BATCH_AXES
 
 # From what keeps most to what keeps least.
 POLICIES = ("none", "minimal", "latent", "full")
@@ -22,16 +23,14 @@ class Found(NamedTuple):
     step: Step
     memory: float
 
-    @property
-    def flags(self) -> list[str]:
-        """What to add to the command."""
-        mesh, training = self.case.config.mesh, self.case.config.training
-        axes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "expert_outer", "expert")}
-        fields = {f"mesh.{axis}": size for axis, size in axes.items()} | {
-            "training.micro_batches": training.micro_batches,
-            "training.rematerialization": training.rematerialization,
-        }
-        return [f"--config.{name}={value}" for name, value in fields.items()]
+
+def flags(config: Config) -> list[str]:
+    """What to add to the command."""
+    fields = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in BATCH_AXES} | {
+        "training.micro_batches": config.training.micro_batches,
+        "training.rematerialization": config.training.rematerialization,
+    }
+    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def search(
@@ -52,13 +51,19 @@ def search(
         if mesh in found or any(_needs_no_less(candidate, other) for other in too_large):
             continue
         needed = sum(memory(candidate).values())
-        if needed <= topology.machine.memory:
+        if needed <= USABLE * topology.machine.memory:
             found[mesh] = Found(candidate, its_step, needed)
             if len(found) == most:
                 break
         else:
             too_large.append(candidate)
     return list(found.values())
+
+
+def smallest(case: Case, topology: Topology) -> tuple[Case, float] | None:
+    """The way that takes the least memory, and its bytes; None where the batch cannot be split."""
+    needed = [(sum(memory(c).values()), i, c) for i, c in enumerate(candidates(case, topology))]
+    return min(needed)[::-2] if needed else None
 
 
 def candidates(case: Case, topology: Topology) -> Iterator[Case]:
@@ -87,9 +92,7 @@ def candidates(case: Case, topology: Topology) -> Iterator[Case]:
                         yield _changed(case, config, mesh, micro_batches, policy)
 
 
-def _changed(
-    case: Case, config: Config, mesh: MeshConfig, micro_batches: int, policy: str
-) -> Case:
+def _changed(case: Case, config: Config, mesh: MeshConfig, micro_batches: int, policy: str) -> Case:
     training = dataclasses.replace(
         config.training, micro_batches=micro_batches, rematerialization=policy
     )
@@ -97,7 +100,7 @@ def _changed(
 
 
 def _needs_no_less(candidate: Case, other: Case) -> bool:
-    """Whether it is `other` with as many rows or more at once, and keeps as much or more of them."""
+    """Whether it is `other` with no fewer rows at once, of which it keeps no less."""
     policies = [POLICIES.index(c.config.training.rematerialization) for c in (candidate, other)]
     return (
         candidate.config.mesh == other.config.mesh

@@ -1,0 +1,90 @@
+"""Says before a run what it needs, how fast it can go and what it costs.
+
+    python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
+
+Nothing runs and no device is needed: a TPU slice is named by its chips (v5p:8x16x16), GPUs by hosts
+and devices of each (h100:256x8), and cpu:8 is this machine, measured. Without --topology it counts
+parameters and operations. Every field of the config can be set on the command line.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import command_line, validation
+from moe_jax.config import UserError
+from moe_jax.planning import compare, machines, page, published, report, serving
+from moe_jax.planning.case import Case
+from moe_jax.planning.estimate import Efficiency
+from moe_jax.planning.figures import Question, of_model, of_run, of_search
+from moe_jax.planning.operations import count
+
+DEFAULT = Efficiency()
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The machine and its size, such as h100:256x8.")
+MACHINE = flags.DEFINE_string("machine", None, "A file of more machines, as machines.toml.")
+SEARCH = flags.DEFINE_bool("search", False, "Look for what fits even if the config does.")
+TOKENS = flags.DEFINE_float("tokens", None, "Of the run; by default as the config has it.")
+PRICE = flags.DEFINE_float("price", None, "Of a device-hour.")
+DOCUMENT = flags.DEFINE_integer("document_length", None, "Tokens of a document, on average.")
+CONTEXT = flags.DEFINE_integer("context", None, "Plan serving too, with as many tokens cached.")
+PRODUCTS = flags.DEFINE_float("products", DEFAULT.products, "Share of the peak that they reach.")
+MEMORY = flags.DEFINE_float("memory", DEFAULT.memory, "Share of its bandwidth that is reached.")
+LINKS = flags.DEFINE_float("links", DEFAULT.links, "The same of links.")
+JSON = flags.DEFINE_string("json", None, "Write all figures to this file.")
+HTML = flags.DEFINE_string("html", None, "Write a page with pictures to this file.")
+TABLE = flags.DEFINE_bool("table", False, "Show published runs beside what is planned for them.")
+COMPARE = flags.DEFINE_string("compare", None, "Show how two plans in JSON differ: A.json B.json.")
+
+
+def main(arguments: list[str]) -> None:
+    if COMPARE.value or arguments[1:]:
+        if not (COMPARE.value and arguments[1:]):
+            raise UserError("two files are compared, as in --compare A.json B.json")
+        told = compare.lines(Path(COMPARE.value), Path(arguments[1]))
+    elif TABLE.value:
+        told = published.text(published.table())
+    elif CONFIG.value is None:
+        raise UserError("--config is missing; try --config=configs/tiny.py")
+    else:
+        told = plan()
+    print("\n".join(told))
+
+
+def plan() -> list[str]:
+    """The lines of the plan that the flags ask for; writes the files they name."""
+    config = validation.parse(CONFIG.value)
+    efficiency = Efficiency(PRODUCTS.value, MEMORY.value, LINKS.value)
+    tokens = None if TOKENS.value is None else int(TOKENS.value)
+    question = Question(tokens, PRICE.value, DOCUMENT.value, efficiency)
+    question.check()
+    known = machines.read() | (machines.read(Path(MACHINE.value)) if MACHINE.value else {})
+    topology = machines.parse(TOPOLOGY.value, known) if TOPOLOGY.value else None
+    figures: dict[str, Any] = {"config": command_line.config_name(CONFIG)}
+    if topology is None:
+        figures |= of_model(Case.without_mesh(config), question)
+    else:
+        case = Case.of(config, topology.devices, topology.machine.platform)
+        figures |= of_model(case, question) | of_run(case, topology, question)
+        if SEARCH.value or not figures["memory_per_device"]["fits"]:
+            figures |= of_search(case, topology, question)
+    told = report.lines(figures)
+    if CONTEXT.value is not None:
+        if topology is None:
+            raise UserError("--context needs --topology, such as --topology=h200:1x8")
+        parameters = count(case.weights, config.model)
+        service = serving.Serving(config.model, parameters, topology, CONTEXT.value)
+        figures["serving"] = serving.figures(service, PRICE.value)
+        told += ["", *serving.lines(service, PRICE.value)]
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+    if HTML.value:
+        Path(HTML.value).write_text(page.page(figures))
+    return told
+
+
+if __name__ == "__main__":
+    command_line.run(main, most_arguments=1)
