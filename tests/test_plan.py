@@ -1,0 +1,124 @@
+"""The command: its text, its JSON, and its sentences for mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+V3 = "--config=configs/deepseek_v3.py"
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_jax.plan", *flags],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_deepseek_v3_on_2048_chips(tmp_path: Path) -> None:
+    file, html = tmp_path / "plan.json", tmp_path / "plan.html"
+    done = run(
+        V3,
+        "--topology=v5p:8x16x16",
+        f"--json={file}",
+        f"--html={html}",
+        "--price=2",
+        "--tokens=14.8e12",
+        "--context=131072",
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+    assert html.read_text().startswith("<!doctype html>")
+    plan = json.loads(file.read_text())
+    parameters = plan["parameters"]
+    assert (parameters["total"], parameters["active"]) == (671_026_419_200, 37_552_282_624)
+    assert sum(parameters["by_group"].values()) == parameters["total"]
+    flops = plan["flops_per_token"]
+    # DeepSeek's own count without prediction ahead: Insights into DeepSeek-V3, table 2.
+    of_main = 3 * (flops["forward"] - flops["by_group"]["mtp"])
+    assert of_main == pytest.approx(250e9, rel=0.01)
+    assert flops["training"] == 3 * flops["forward"]
+    memory, sent = plan["memory_per_device"], plan["communication_per_step"]
+    for figures in (memory, sent):
+        assert figures["total"] == pytest.approx(sum(figures["by_kind"].values()))
+    assert memory["fits"] and memory["total"] < memory["capacity"]
+    # Master weights and two moments of 682.6 B: experts in 2,048 parts, most others in 32.
+    experts = 59 * 256 * 3 * 7168 * 2048
+    others = 671_026_419_200 + parameters["mtp"] - experts
+    assert memory["by_kind"]["parameters"] == pytest.approx(
+        4 * (experts / 2048 + others / 32), rel=0.01
+    )
+    tokens = plan["batch"]["tokens_per_step"] / plan["devices"]
+    assert plan["tokens_per_second_per_device"] == pytest.approx(tokens / plan["step_seconds"])
+    assert plan["mfu"] == pytest.approx(
+        plan["tokens_per_second_per_device"] * flops["training"] / 459e12
+    )
+    assert plan["device_hours"] == pytest.approx(
+        14.8e12 / plan["tokens_per_second_per_device"] / 3600
+    )
+    assert plan["cost"] == pytest.approx(2 * plan["device_hours"])
+    assert plan["serving"]["context"] == 131072
+
+
+def test_without_a_topology_it_counts() -> None:
+    done = run("--config=configs/tiny.py", "--document_length=64")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("parameters  1.8M in total, 886.5K per token\n")
+    assert "attention to 64 tokens" in done.stdout
+    assert "machine" not in done.stdout
+
+
+def test_what_does_not_fit_comes_with_flags_that_do() -> None:
+    tight = ("--topology=v5e:16x16", "--config=configs/deepseek_v2_lite.py")
+    tight += ("--config.mesh.fsdp=1", "--config.mesh.data=256", "--config.mesh.expert=1")
+    tight += ("--config.training.tokens_per_step=4194304", "--config.training.micro_batches=1")
+    tight += ("--config.data.num_streams=256",)
+    done = run(*tight)
+    assert done.returncode == 0, done.stderr
+    assert "does not fit" in done.stdout
+    told = done.stdout[done.stdout.index("what fits, the fastest first") :].splitlines()
+    flags = [flag for line in told[2:5] for flag in line.split()]
+    assert len(flags) == 6
+    again = run(*tight, *flags)
+    assert again.returncode == 0, again.stderr
+    assert "; fits" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            (V3, "--topology=v5q:8x16x16"),
+            "topology v5q:8x16x16: no machine is called 'v5q'; did you mean v5p or v5e?",
+        ),
+        (
+            (V3, "--topology=h100:1x8"),
+            "config.mesh (fsdp=-1 * expert=64) does not fit 8 devices: 64 does not divide them",
+        ),
+        (
+            (V3, "--topology=h800:512x8"),
+            "the 2048 rows of a micro-batch in config.data.stages[0]",
+        ),
+        ((V3, "--links=0"), "--links=0 is a share and must be above 0, and at most 1"),
+        ((V3, "--tokens=0"), "--tokens=0 must be at least 1"),
+        ((V3, "--price=-1"), "--price=-1 must be at least 0"),
+        ((V3, "--context=4096"), "--context needs --topology, such as --topology=h200:1x8"),
+        ((), "--config is missing; try --config=configs/tiny.py"),
+        (("--compare", "a.json"), "two files are compared, as in --compare A.json B.json"),
+        (("--compare", "a.json", "b.json", "c.json"), "'c.json' is no flag"),
+    ],
+)
+def test_mistakes(flags: tuple[str, ...], sentence: str) -> None:
+    done = run(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sentence}")
+    assert len(done.stderr.splitlines()) == 1
