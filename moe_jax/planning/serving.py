@@ -114,8 +114,8 @@ class Serving:
 
     def decode(self, sequences: int) -> dict[str, float]:
         """Seconds of one more token of each sequence, by part."""
-        pairs = sum(self._absorbed_scores) * self.context
-        return self._seconds(sequences, 1, pairs, self.context * self.cache_per_token)
+        scores = self._scores_of_cached * self.context
+        return self._seconds(sequences, 1, scores, self.context * self.cache_per_token)
 
     def prefill(self) -> dict[str, float]:
         """Seconds to read a prompt as long as the context in each group of devices, by part."""
@@ -130,7 +130,7 @@ class Serving:
         return forward_operations(main, self.parameters, self.context)
 
     @property
-    def _absorbed_scores(self) -> tuple[float, float]:
+    def _scores_of_cached(self) -> float:
         """Operations of a new token with each cached one, in all layers.
 
         Latent attention does without keys and values (`ops/cached_attention.py`): queries meet
@@ -138,11 +138,10 @@ class Serving:
         """
         sizes = self.model.attention
         if sizes.kind == "latent":
-            dims = sizes.kv_lora_rank + sizes.qk_rope_head_dim, sizes.kv_lora_rank
+            dims = sizes.kv_lora_rank + sizes.qk_rope_head_dim + sizes.kv_lora_rank
         else:
-            dims = sizes.head_dim, sizes.head_dim
-        heads = 2.0 * sizes.num_heads * self.model.num_hidden_layers
-        return heads * dims[0], heads * dims[1]
+            dims = 2 * sizes.head_dim
+        return 2.0 * self.model.num_hidden_layers * sizes.num_heads * dims
 
     def _seconds(
         self, sequences: int, tokens: int, scores: float, cached: float
@@ -162,13 +161,14 @@ class Serving:
 
         products, reads = common * mine * tokens, self.common_bytes + mine * cached
         seconds = {}
-        if self.host is None or self.host.operations is None:
-            products += routed
         if self.host is None:
             reads += read
         else:
-            on_host = routed / self.host.operations if self.host.operations else 0.0
-            seconds["host"] = max(read / self.host.bandwidth, on_host)
+            seconds["host"] = read / self.host.bandwidth
+        if self.host is None or self.host.operations is None:
+            products += routed
+        else:
+            seconds["host"] = max(seconds["host"], routed / self.host.operations)
         rates = machine.rate(self.weights), machine.rate("bfloat16")
         seconds["compute"] = (products / rates[0] + mine * scores / rates[1]) / COMPUTE
         seconds["memory"] = reads / machine.memory_bandwidth / MEMORY
@@ -247,6 +247,8 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
         f"            {cache['all_heads']:,} ({cache['all_heads'] / own:.1f}x), of 8 groups "
         f"{cache['8_groups']:,} ({cache['8_groups'] / own:.1f}x)",
     ]
+    if serving.shared_by > 1:
+        told.append(f"            {serving.shared_by} devices share a sequence")
     if serving.room < 0:
         told.append(
             f"fits        no: weights need {-serving.room / 1e9:,.1f} GB more a device than the "
@@ -273,23 +275,33 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def placed(
+    model: ModelConfig, parameters: Parameters, topology: Topology, context: int, **options: Any
+) -> Serving:
+    """With as few devices to a sequence as hold one this long; if none do, with one.
+
+    Args:
+      options: of `Serving`.
+    """
+    alone = Serving(model, parameters, topology, context, **options)
+    sharing = (2**i for i in range(topology.domain.bit_length()) if topology.domain % 2**i == 0)
+    tried = (dataclasses.replace(alone, shared_by=devices) for devices in sharing)
+    return next((serving for serving in tried if serving.sequences), alone)
+
+
 def fewest(
     model: ModelConfig, parameters: Parameters, machine: Machine, context: int, **options: Any
 ) -> Serving | None:
-    """On the fewest devices, in powers of two, that hold a sequence this long.
-
-    At the same number, the fewest share it. None: `MOST` do not.
-    """
+    """On the fewest devices, in powers of two, that hold a sequence this long; None: not `MOST`."""
     number = 1
     while number <= MOST:
         domain = min(number, machine.fast_domain or number)
         if number > domain and not machine.slow_links:
             return None
         topology = Topology(machine, number, domain, f"{machine.name}:{number}")
-        for shared_by in (2**i for i in range(domain.bit_length()) if domain % 2**i == 0):
-            serving = Serving(model, parameters, topology, context, shared_by=shared_by, **options)
-            if serving.sequences:
-                return serving
+        serving = placed(model, parameters, topology, context, **options)
+        if serving.sequences:
+            return serving
         number *= 2
     return None
 
