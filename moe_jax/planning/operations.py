@@ -132,8 +132,8 @@ def recomputed_operations(
 
     Under all policies but "none" a layer's products run again, but for those whose results are
     kept or that no gradient asks for: the last of a feed-forward part, whose result only enters the
-    stream. `latent` and `minimal` keep MLA's latents and the result of attention
-    (docs/rematerialization.md holds this against compiled programs).
+    stream, save where a module that predicts ahead ends in a norm. `latent` and `minimal` keep MLA's
+    latents and the result of attention (docs/rematerialization.md).
     """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     of_query, of_value = score_operations(config, length)
@@ -141,13 +141,14 @@ def recomputed_operations(
     again = {"scores": layers * (query_again * of_query + value_again * of_value)}
     if rematerialization == "none":
         return again
-    kept = {"down"}  # or not asked for
+    kept = set()
     if rematerialization == "full":
         again["scores"] += layers * (of_query + of_value)
     else:
-        kept |= {"query_down", "kv_down"}
+        kept = {"query_down", "kv_down"}
     for weight in weights:
-        if weight.stack and weight.group != "other" and not kept & set(weight.path):
+        spared = kept if weight.stack == "mtp" else kept | {"down"}
+        if weight.stack and weight.group != "other" and not spared & set(weight.path):
             size = _chosen(weight.size, config) if weight.group == "routed" else weight.size
             again[weight.group] = again.get(weight.group, 0.0) + 2.0 * size
     return again

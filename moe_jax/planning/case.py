@@ -1,0 +1,97 @@
+"""What is planned: a config on a mesh of devices that need not be here."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from moe_jax import sharding, validation
+from moe_jax.config import MESH_AXES, Config
+from moe_jax.planning.weights import Weight, weights_of
+from moe_jax.sharding import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A config on so many devices of a platform.
+
+    weights: `weights_of` the config's model, counted once for many meshes.
+    """
+
+    config: Config
+    devices: int
+    platform: str  # "cpu", "gpu" or "tpu"
+    weights: tuple[Weight, ...]
+
+    @classmethod
+    def of(cls, config: Config, devices: int, platform: str = "cpu") -> "Case":
+        """Checked as a run of it would be.
+
+        Raises:
+          UserError: the mesh does not fit the devices, or the batch or the experts the mesh.
+        """
+        case = cls(config, devices, platform, tuple(weights_of(config.model)))
+        validation.check_mesh(config, case.sizes, platform)
+        return case
+
+    def with_config(self, config: Config) -> "Case":
+        """Another mesh or training of the same model."""
+        return dataclasses.replace(self, config=config)
+
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Of all mesh axes."""
+        return sharding.mesh_sizes(self.config.mesh, self.devices)
+
+    @property
+    def mesh(self) -> str:
+        """For a person: "fsdp 32, expert 64"."""
+        sizes = ", ".join(f"{axis} {self.sizes[axis]}" for axis in MESH_AXES if self.sizes[axis] > 1)
+        return sizes or "of one"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row in the last stage, which lasts to the end."""
+        return self.config.data.stages[-1].sequence_length
+
+    @property
+    def rows(self) -> int:
+        """Of a device in a micro-batch."""
+        rows = self.config.training.tokens_per_step // self.length
+        parts = self.config.training.micro_batches * math.prod(self.sizes[a] for a in BATCH_AXES)
+        return rows // parts
+
+    @property
+    def tokens(self) -> int:
+        """Of a device in a micro-batch."""
+        return self.rows * self.length
+
+    @property
+    def micro_batches(self) -> int:
+        return self.config.training.micro_batches
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of an activation, and of a weight on its way to a product."""
+        return jnp.dtype(self.config.precision.compute_dtype).itemsize
+
+    @property
+    def combine_bytes(self) -> int:
+        """Of an expert's result on its way back."""
+        return jnp.dtype(self.config.precision.combine_dtype).itemsize
+
+    @property
+    def dense_layers(self) -> int:
+        return self.config.model.first_k_dense_replace
+
+    @property
+    def routed_layers(self) -> int:
+        """Of the main model."""
+        return self.config.model.num_hidden_layers - self.dense_layers
+
+    @property
+    def depth(self) -> int:
+        """Of multi-token prediction, whose layers are of the kind of the last."""
+        return self.config.model.num_nextn_predict_layers
