@@ -29,11 +29,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from benchmarks import our_step, record
 from configs import deepseek_v2_lite
 from moe_jax import sharding
-from moe_jax.config import Config, MeshConfig, build
+from moe_jax.config import Config, MeshConfig, ModelConfig, PrecisionConfig, build
 from moe_jax.models.block import PRODUCTS, REMATERIALIZATION, ROUTED, Block, make_context
 from moe_jax.ops import attention
 from moe_jax.planning import topologies
@@ -106,10 +107,20 @@ def keep_only(items: tuple[str, ...]) -> Callable[..., bool]:
     return policy
 
 
-def residual_bytes(shape: Shape, rows: int, policy: Callable[..., bool]) -> int:
-    """Of one routed layer, over all devices; its inputs and weights counted."""
-    model, precision = shape.config.model, shape.config.precision
-    with jax.set_mesh(shape.mesh):
+def residual_bytes(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    mesh: AbstractMesh,
+    rows: int,
+    length: int,
+    policy: Callable[..., bool],
+) -> int:
+    """Of one routed layer, over all devices; its inputs and weights counted.
+
+    Args:
+      rows: over all devices.
+    """
+    with jax.sharding.use_abstract_mesh(mesh):
         block = nnx.eval_shape(lambda: Block(model, precision, routed=True, rngs=nnx.Rngs(0)))
         graphdef, variables = nnx.split(block)
 
@@ -123,8 +134,8 @@ def residual_bytes(shape: Shape, rows: int, policy: Callable[..., bool]) -> int:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
             return jax.vjp(layer, variables, x, has_aux=True)[1]
 
-        split = jax.NamedSharding(shape.mesh, sharding.BATCH)
-        dims = (rows, shape.length, model.hidden_size)
+        split = jax.NamedSharding(mesh, sharding.BATCH)
+        dims = (rows, length, model.hidden_size)
         x = jax.ShapeDtypeStruct(dims, precision.compute_dtype, sharding=split)
         kept = jax.tree.leaves(jax.eval_shape(residuals, variables, x))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
@@ -134,8 +145,10 @@ def kept(shape: Shape, policy: Callable[..., bool]) -> tuple[float, float]:
     """By a layer beyond what `full` keeps: bytes a token, and bytes that do not grow with them."""
 
     def beyond_full(rows):
-        full = residual_bytes(shape, rows, REMATERIALIZATION["full"])
-        return residual_bytes(shape, rows, policy) - full
+        config, mesh = shape.config, shape.mesh.abstract_mesh
+        arguments = config.model, config.precision, mesh, rows, shape.length
+        full = residual_bytes(*arguments, REMATERIALIZATION["full"])
+        return residual_bytes(*arguments, policy) - full
 
     one, two = beyond_full(shape.rows), beyond_full(2 * shape.rows)
     return (two - one) / shape.tokens, 2 * one - two

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -41,7 +40,7 @@ class Case:
         return dataclasses.replace(self, config=config)
 
     @functools.cached_property
-    def sizes(self) -> Mapping[str, int]:
+    def sizes(self) -> dict[str, int]:
         """Of all mesh axes."""
         return sharding.mesh_sizes(self.config.mesh, self.devices)
 

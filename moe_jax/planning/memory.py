@@ -1,29 +1,27 @@
 """Bytes that a train step takes on one device, by kind.
 
-The state is exact: the equal parts that `sharding.py` cuts it into. So is what layers keep for the
-backward pass, which comes from the shapes of JAX's own residuals. What one layer's backward pass
-needs besides, and the loss, are counted from the shapes of the largest arrays that stand in memory
-together; a compiler may need more (`docs/planning.md` holds compiled programs against it).
+The state is exact: the equal parts that `sharding.py` cuts it into. What layers keep for the
+backward pass follows `models/block.py`, item by item. What one layer's backward pass needs besides,
+and the loss, are the largest arrays that stand in memory together; a compiler may need more
+(`docs/planning.md` holds compiled programs against it).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import ModelConfig, PrecisionConfig
+from moe_jax.config import ModelConfig
 from moe_jax.layers.cache import of_heads, values_per_token
-from moe_jax.models.block import REMATERIALIZATION, Block, make_context
+from moe_jax.ops.backends import choose
 from moe_jax.ops.cross_entropy import CHUNK_LOGITS
+from moe_jax.ops.grouped_matmul import tile_size
 from moe_jax.planning.case import Case
 from moe_jax.planning.communication import buffer_rows
+from moe_jax.sharding import EXPERT_AXES
 
-FLOAT32 = 4
-Policy = Callable[..., bool]
+FLOAT32 = INT32 = 4
 
 
 def memory(case: Case) -> dict[str, float]:
@@ -59,100 +57,106 @@ def gradients(case: Case) -> float:
     return parameters * (2 if case.micro_batches > 1 else 1)
 
 
-def kept_activations(case: Case, rematerialization: str | None = None) -> float:
-    """What all layers keep of a micro-batch for the backward pass.
-
-    Args:
-      rematerialization: another than the config's.
-    """
-    policy = rematerialization or case.config.training.rematerialization
-    routed_stack = case.routed_layers > 0
-    depth = case.depth * _kept_by_layer(case, routed_stack, policy)
-    # Of a module that predicts ahead, its input is the last one's state, and what it keeps besides
-    # are the vectors of the next tokens, where these have travelled, and their projection.
+def kept_activations(case: Case) -> float:
+    """What all layers keep of a micro-batch for the backward pass."""
+    policy, routed_stack = case.config.training.rematerialization, case.routed_layers > 0
+    layers = case.dense_layers * kept_by_layer(case, False, policy)
+    layers += case.routed_layers * kept_by_layer(case, True, policy)
+    # A module that predicts ahead keeps the vectors of the next tokens, where these have travelled,
+    # and their projection besides.
     stream = case.tokens * case.config.model.hidden_size * case.compute_bytes
     travelled = policy in ("none", "minimal") and case.sizes["fsdp"] > 1
-    depth += case.depth * stream * (travelled + (policy == "none"))
-    layers = sum(
-        number * _kept_by_layer(case, routed, policy)
-        for routed, number in ((False, case.dense_layers), (True, case.routed_layers))
-        if number
+    of_module = kept_by_layer(case, routed_stack, policy) + stream * (
+        travelled + (policy == "none")
     )
-    return layers + depth
+    return layers + case.depth * of_module
 
 
-def _kept_by_layer(case: Case, routed: bool, policy: str) -> float:
+# What each policy keeps, by the names of `layer_items`.
+KEPT = {
+    "full": ("input",),
+    "latent": ("input", "latents", "attention"),
+    "minimal": ("input", "latents", "attention", "routing", "exchange"),
+    "none": ("input", "latents", "attention", "routing", "exchange", "experts", "products"),
+}
+
+
+def kept_by_layer(case: Case, routed: bool, policy: str) -> float:
     """Bytes of one device, the layer's input counted."""
-    model, precision = case.config.model, case.config.precision
-    experts = case.sizes["expert_outer"], case.sizes["expert"]
-    if policy in ("full", "latent"):
-        experts = 1, 1  # nothing is kept of what is routed
-    arguments = model, precision, experts, case.platform, case.rows, case.length, routed
-    stream = case.tokens * model.hidden_size * case.compute_bytes
-    return stream + _of_device(*arguments, policy) - _of_device(*arguments, "full")
+    items = layer_items(case, routed)
+    return sum(items[name] for name in KEPT[policy])
 
 
-@functools.cache
-def _of_device(
-    model: ModelConfig,
-    precision: PrecisionConfig,
-    experts: tuple[int, int],
-    platform: str,
-    rows: int,
-    length: int,
-    routed: bool,
-    policy: str,
-) -> float:
-    outer, inner = experts
-    sizes = dict.fromkeys(sharding.DEVICE_ORDER, 1) | {"expert_outer": outer, "expert": inner}
-    mesh, devices = sharding.abstract_mesh(sizes, platform), outer * inner
-    keep = REMATERIALIZATION[policy]
-    total = residual_bytes(model, precision, mesh, rows * devices, length, keep, routed=routed)
-    return total / devices
+def layer_items(case: Case, routed: bool) -> dict[str, float]:
+    """What a layer may keep of a micro-batch, in bytes of one device.
 
-
-def residual_bytes(
-    model: ModelConfig,
-    precision: PrecisionConfig,
-    mesh: jax.sharding.AbstractMesh,
-    rows: int,
-    length: int,
-    policy: Policy,
-    *,
-    routed: bool = True,
-) -> int:
-    """What JAX keeps of one layer, over all devices; its inputs and weights counted.
-
-    Args:
-      rows: over all devices.
+    latents: MLA's, with the rotary key.
+    attention: its result and its normalizers.
+    routing: choices, and the places of rows.
+    exchange: rows that have come to the device's experts, with their choices.
+    experts: the results of gate and up, in tiles.
+    products: the results of all others but the feed-forward part's last, which nothing asks for.
     """
-    with jax.sharding.use_abstract_mesh(mesh):
-        block = nnx.eval_shape(lambda: Block(model, precision, routed=routed, rngs=nnx.Rngs(0)))
-        graphdef, variables = nnx.split(block)
+    model, tokens, size = case.config.model, case.tokens, case.compute_bytes
+    attention, moe, dim = model.attention, model.moe, model.hidden_size
+    heads = attention.num_heads
+    if attention.kind == "latent":
+        latents = attention.kv_lora_rank + attention.qk_rope_head_dim
+        latents += attention.q_lora_rank or 0
+        value = attention.v_head_dim
+        query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
+        key_value = heads * (attention.qk_nope_head_dim + value)
+    else:
+        latents, value = 0, attention.head_dim
+        query, key_value = heads * value, 2 * attention.num_key_value_heads * value
+    products = query + key_value + dim
+    items = {
+        "input": tokens * dim * size,
+        "latents": tokens * latents * size,
+        "attention": tokens * heads * (value * size + FLOAT32),
+    }
+    if not routed:
+        products += 2 * model.intermediate_size
+        return items | {
+            "routing": 0.0,
+            "exchange": 0.0,
+            "experts": 0.0,
+            "products": tokens * products * size,
+        }
+    top_k, slots = moe.num_experts_per_tok, expert_slots(case)
+    products += 2 * moe.num_shared_experts * moe.intermediate_size
+    return items | {
+        "routing": (tokens * top_k + slots) * INT32,
+        "exchange": sum(buffer_rows(case)) * (dim * size + 2 * top_k * FLOAT32),
+        "experts": slots * 2 * moe.intermediate_size * size,
+        "products": tokens * (products * size + moe.num_experts * FLOAT32),
+    }
 
-        def residuals(variables: Any, x: jax.Array) -> Any:
-            ids = jnp.ones(x.shape[:2], jnp.int32, out_sharding=sharding.BATCH)
-            context = make_context(ids, ids, model, training=True)
 
-            def layer(variables, x):
-                return nnx.merge(graphdef, variables)(x, context)
+def expert_slots(case: Case) -> int:
+    """Rows of all tiles of this device's experts (`ops/dispatch.py`)."""
+    moe, devices = case.config.model.moe, sharding.num_shards(dict(case.sizes), EXPERT_AXES)
+    here, rows = moe.num_experts // devices, (buffer_rows(case) or [case.tokens])[-1]
+    load = case.tokens * devices * moe.num_experts_per_tok / moe.num_experts
+    tile = tile_size(load, _backend(case))
+    choices = int(rows) * moe.num_experts_per_tok
+    most = choices // tile + min(choices, here)
+    return tile * min(most, math.ceil(moe.buffer_factor * here * load / tile) + here)
 
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-            return jax.vjp(layer, variables, x, has_aux=True)[1]
 
-        split = jax.NamedSharding(mesh, sharding.BATCH)
-        dims = (rows, length, model.hidden_size)
-        x = jax.ShapeDtypeStruct(dims, precision.compute_dtype, sharding=split)
-        kept = jax.tree.leaves(jax.eval_shape(residuals, variables, x))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+def _backend(case: Case) -> str:
+    """The form of the experts' products on the platform."""
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(case.sizes, case.platform)):
+        dtype = jnp.dtype(case.config.precision.compute_dtype)
+        return choose(case.config.model, dtype).grouped_matmul
 
 
 def _of_one_layer(case: Case) -> dict[str, float]:
     """What the backward pass of the largest layer has in memory besides what was kept before."""
     routed = case.routed_layers > 0
     policy = case.config.training.rematerialization
-    whole_layer = _kept_by_layer(case, routed, "none")
-    again = whole_layer - _kept_by_layer(case, routed, policy)
+    whole_layer = kept_by_layer(case, routed, "none")
+    again = whole_layer - kept_by_layer(case, routed, policy)
     stack = "moe_blocks" if routed else "dense_blocks"
     whole = 0
     for weight in case.weights:
@@ -186,12 +190,11 @@ def _of_loss(case: Case) -> dict[str, float]:
     }
 
 
-def cache_per_token(case: Case) -> dict[str, float]:
-    """Bytes that a token takes in a cache, beside other kinds of attention with the same heads."""
-    model = case.config.model
+def cache_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
+    """Bytes of a token in a cache, beside keys and values of all heads, and of 8 groups of them."""
     heads = model.attention.num_heads
     return {
-        "this model": values_per_token(model) * case.compute_bytes,
-        "all heads": of_heads(model, heads) * case.compute_bytes,
-        "8 groups": of_heads(model, min(8, heads)) * case.compute_bytes,
+        "own": values_per_token(model) * itemsize,
+        "all_heads": of_heads(model, heads) * itemsize,
+        "8_groups": of_heads(model, 8) * itemsize,
     }

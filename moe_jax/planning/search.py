@@ -1,0 +1,110 @@
+"""Meshes, rematerialization and micro-batches under which a run fits, the fastest first."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe_jax.config import Config, MeshConfig
+from moe_jax.planning.case import Case
+from moe_jax.planning.estimate import Efficiency, Step, step
+from moe_jax.planning.machines import Topology
+from moe_jax.planning.memory import memory
+
+# From what keeps most to what keeps least.
+POLICIES = ("none", "minimal", "latent", "full")
+
+
+class Found(NamedTuple):
+    """A way to run it that fits."""
+
+    case: Case
+    step: Step
+    memory: float
+
+    @property
+    def flags(self) -> list[str]:
+        """What to add to the command."""
+        mesh, training = self.case.config.mesh, self.case.config.training
+        axes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "expert_outer", "expert")}
+        fields = {f"mesh.{axis}": size for axis, size in axes.items()} | {
+            "training.micro_batches": training.micro_batches,
+            "training.rematerialization": training.rematerialization,
+        }
+        return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def search(
+    case: Case, topology: Topology, efficiency: Efficiency, document: int | None, most: int = 5
+) -> list[Found]:
+    """The fastest of each mesh that fits, of at most so many meshes.
+
+    Nothing else of the config changes.
+    """
+    timed = [
+        (step(candidate, topology, efficiency, document), candidate)
+        for candidate in candidates(case, topology)
+    ]
+    found: dict[MeshConfig, Found] = {}
+    too_large: list[Case] = []
+    for its_step, candidate in sorted(timed, key=lambda pair: pair[0].seconds):
+        mesh = candidate.config.mesh
+        if mesh in found or any(_needs_no_less(candidate, other) for other in too_large):
+            continue
+        needed = sum(memory(candidate).values())
+        if needed <= topology.machine.memory:
+            found[mesh] = Found(candidate, its_step, needed)
+            if len(found) == most:
+                break
+        else:
+            too_large.append(candidate)
+    return list(found.values())
+
+
+def candidates(case: Case, topology: Topology) -> Iterator[Case]:
+    """All meshes that the devices, the experts and the batch allow, with all that may go with each.
+
+    Experts are split in two levels where they reach beyond what fast links join.
+    """
+    config = case.config
+    experts = config.model.moe.num_experts if case.routed_layers else 1
+    rows = config.training.tokens_per_step // case.length
+    if rows % case.devices:
+        return
+    for expert_devices in _divisors(math.gcd(experts, case.devices)):
+        inner = math.gcd(expert_devices, topology.domain)
+        for outer_levels in {(1, expert_devices), (expert_devices // inner, inner)}:
+            for fsdp in _divisors(case.devices // expert_devices):
+                mesh = MeshConfig(
+                    num_cpu_devices=config.mesh.num_cpu_devices,
+                    data=case.devices // expert_devices // fsdp,
+                    fsdp=fsdp,
+                    expert_outer=outer_levels[0],
+                    expert=outer_levels[1],
+                )
+                for micro_batches in _divisors(rows // case.devices):
+                    for policy in POLICIES:
+                        yield _changed(case, config, mesh, micro_batches, policy)
+
+
+def _changed(
+    case: Case, config: Config, mesh: MeshConfig, micro_batches: int, policy: str
+) -> Case:
+    training = dataclasses.replace(
+        config.training, micro_batches=micro_batches, rematerialization=policy
+    )
+    return case.with_config(dataclasses.replace(config, mesh=mesh, training=training))
+
+
+def _needs_no_less(candidate: Case, other: Case) -> bool:
+    """Whether it is `other` with as many rows or more at once, and keeps as much or more of them."""
+    policies = [POLICIES.index(c.config.training.rematerialization) for c in (candidate, other)]
+    return (
+        candidate.config.mesh == other.config.mesh
+        and candidate.rows >= other.rows
+        and policies[0] <= policies[1]
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,88 @@
+"""Bytes of the state against arrays that are there, and kept ones against what JAX keeps."""
+
+import dataclasses
+import math
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+from compiled_steps import case_of, make_config, state_of
+
+from benchmarks.rematerialization import residual_bytes
+from moe_jax import sharding, validation
+from moe_jax.config import Config, MeshConfig
+from moe_jax.models.block import REMATERIALIZATION
+from moe_jax.planning import memory
+from moe_jax.planning.case import Case
+
+CONFIGS = Path(validation.__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 1},
+        {"fsdp": 8},
+        {"fsdp": 2, "expert": 4},
+        {"data": 2, "expert_outer": 2, "expert": 2},
+    ],
+)
+def test_the_state_is_what_a_run_holds_on_each_device(mesh: dict[str, int]) -> None:
+    config = make_config(1, 1, "full", depth=1, **mesh)
+    held = state_of(config)
+
+    def of_device(tree) -> int:
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    assert memory.state(case_of(config)) == {
+        "parameters": of_device(held["parameters"]),
+        "optimizer": of_device(held["optimizer"]),
+        "moving average": of_device(held["ema"]),
+        "router bias": of_device(held["router_bias"]),
+    }
+    assert memory.state(case_of(without_ema(config)))["moving average"] == 0
+
+
+def without_ema(config: Config) -> Config:
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "outer", "inner"),
+    [
+        ("deepseek_v2_lite", "tpu", 1, 4),
+        ("deepseek_v2_lite", "gpu", 2, 2),
+        ("mixtral_8x7b", "cpu", 1, 1),
+        ("tiny", "cpu", 2, 2),
+    ],
+)
+def test_layers_keep_what_jax_keeps(name: str, platform: str, outer: int, inner: int) -> None:
+    config = validation.parse(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]())
+    devices = outer * inner
+    length = config.data.stages[-1].sequence_length
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(fsdp=1, expert_outer=outer, expert=inner),
+        training=dataclasses.replace(
+            config.training, tokens_per_step=4 * devices * length, micro_batches=2
+        ),
+    )
+    case = Case.of(config, devices, platform)
+    mesh = sharding.abstract_mesh(case.sizes, platform)
+    assert case.rows == 2
+
+    def residual(policy: str) -> float:
+        keep = REMATERIALIZATION[policy]
+        arguments = config.model, config.precision, mesh, 2 * devices, length
+        return residual_bytes(*arguments, keep) / devices
+
+    full = residual("full")
+    for policy in ("latent", "minimal", "none"):
+        beyond = memory.kept_by_layer(case, True, policy) - memory.kept_by_layer(case, True, "full")
+        assert residual(policy) - full == pytest.approx(beyond, rel=0.02)
