@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from moe_jax.config import ModelConfig
 from moe_jax.layers.cache import of_heads, values_per_token
 from moe_jax.planning.communication import exchanged_rows
+from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.machines import Machine, Topology
 from moe_jax.planning.operations import Parameters, forward_operations
 
-# Shares of the stated peaks that large products, long reads and exchanges get: assumptions.
-COMPUTE, MEMORY, LINKS = 0.6, 0.8, 0.7
 USABLE = 0.9  # of a device's memory, for weights and cache; the rest is for activations
 # Seconds until a few bytes arrive: over NVLink, Insights into DeepSeek-V3 (arXiv 2505.09343), table
 # 5; over other links it is an assumption.
@@ -57,6 +56,7 @@ class Serving:
       shared_by: devices that share a sequence: its cache, its attention and the weights that are
         not routed, evenly. More than 1 is not what `generate` does.
       host: where routed experts lie, if not on devices.
+      efficiency: shares of the stated rates that are reached.
     """
 
     model: ModelConfig
@@ -67,6 +67,7 @@ class Serving:
     cache: str = "bfloat16"
     shared_by: int = 1
     host: Host | None = None
+    efficiency: Efficiency = Efficiency()
 
     @property
     def cache_per_token(self) -> int:
@@ -170,8 +171,9 @@ class Serving:
         else:
             seconds["host"] = max(seconds["host"], routed / self.host.operations)
         rates = machine.rate(self.weights), machine.rate("bfloat16")
-        seconds["compute"] = (products / rates[0] + mine * scores / rates[1]) / COMPUTE
-        seconds["memory"] = reads / machine.memory_bandwidth / MEMORY
+        share = self.efficiency
+        seconds["compute"] = (products / rates[0] + mine * scores / rates[1]) / share.products
+        seconds["memory"] = reads / machine.memory_bandwidth / share.memory
         return seconds | self._exchange(sequences * tokens / devices)
 
     def touched(self, tokens: int) -> float:
@@ -195,10 +197,10 @@ class Serving:
         far = exchanged_rows(moe, 1, (domains,))  # of one token
         near = exchanged_rows(moe, 1, (domains, devices // domains)) - far
         row = self.model.hidden_size * (jnp.dtype(self.weights).itemsize + COMBINE_BYTES)
-        row *= tokens
-        seconds["fast links"] = near * row * routed_layers / machine.fast_links / LINKS
+        row *= tokens / self.efficiency.links
+        seconds["fast links"] = near * row * routed_layers / machine.fast_links
         if domains > 1:
-            seconds["slow links"] = far * row * routed_layers / machine.slow_links / LINKS
+            seconds["slow links"] = far * row * routed_layers / machine.slow_links
         return seconds
 
 

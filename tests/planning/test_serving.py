@@ -18,11 +18,9 @@ from moe_jax.models.language_model import LanguageModel, abstract_weights
 from moe_jax.ops.cached_attention import absorbed_attention
 from moe_jax.planning import machines
 from moe_jax.planning.compiled import Walk
+from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.operations import Parameters, count
 from moe_jax.planning.serving import (
-    COMPUTE,
-    LINKS,
-    MEMORY,
     SOCKET,
     USABLE,
     Host,
@@ -36,6 +34,7 @@ from moe_jax.planning.serving import (
 from moe_jax.planning.weights import weights_of
 from moe_jax.sharding import BATCH, P
 
+COMPUTE, MEMORY, LINKS = Efficiency()
 EXPERT = 58 * 3 * 7168 * 2048  # weights of one of V3's routed experts, in all layers
 COMMON = 671_026_419_200 - 256 * EXPERT
 
