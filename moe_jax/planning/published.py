@@ -20,10 +20,13 @@ from moe_jax.planning.operations import Parameters, count, training_operations
 from moe_jax.planning.weights import weights_of
 
 CONFIGS = Path(moe_jax.__file__).parents[1] / "configs"
-PRICE = 2.0  # $ per H800-hour, as DeepSeek-V3 (table 1) has it
+PRICE = 2.0  # $ per H800-hour, as DeepSeek-V3 has it in table 1
 
 # Where figures and MFUs are published.
-V3 = "DeepSeek-V3 (arXiv 2412.19437), table 1: 14.8 T tokens on 2,048 H800"
+V3 = (
+    "DeepSeek-V3 (arXiv 2412.19437), table 1: 14.8 T tokens on 2,048 H800, 2 $ an hour; the 5 K "
+    "hours of post-training are its own"
+)
 INSIGHTS = (
     "Insights into DeepSeek-V3 (arXiv 2505.09343), table 4: 272.8 B tokens a day on 2,048 H800 at "
     "385 TFLOP/s, attention's causal half counted, prediction ahead not"

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from moe_jax.config import ModelConfig
 from moe_jax.layers.cache import of_heads, values_per_token
 from moe_jax.planning.communication import exchanged_rows
+from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.machines import Machine, Topology
 from moe_jax.planning.operations import Parameters, forward_operations
 
-# Shares of the stated peaks that large products, long reads and exchanges get: assumptions.
-COMPUTE, MEMORY, LINKS = 0.6, 0.8, 0.7
 USABLE = 0.9  # of a device's memory, for weights and cache; the rest is for activations
 # Seconds until a few bytes arrive: over NVLink, Insights into DeepSeek-V3 (arXiv 2505.09343), table
 # 5; over other links it is an assumption.
@@ -57,6 +56,7 @@ class Serving:
       shared_by: devices that share a sequence: its cache, its attention and the weights that are
         not routed, evenly. More than 1 is not what `generate` does.
       host: where routed experts lie, if not on devices.
+      efficiency: shares of the stated rates that are reached.
     """
 
     model: ModelConfig
@@ -67,6 +67,7 @@ class Serving:
     cache: str = "bfloat16"
     shared_by: int = 1
     host: Host | None = None
+    efficiency: Efficiency = Efficiency()
 
     @property
     def cache_per_token(self) -> int:
@@ -114,8 +115,8 @@ class Serving:
 
     def decode(self, sequences: int) -> dict[str, float]:
         """Seconds of one more token of each sequence, by part."""
-        pairs = sum(self._absorbed_scores) * self.context
-        return self._seconds(sequences, 1, pairs, self.context * self.cache_per_token)
+        scores = self._scores_of_cached * self.context
+        return self._seconds(sequences, 1, scores, self.context * self.cache_per_token)
 
     def prefill(self) -> dict[str, float]:
         """Seconds to read a prompt as long as the context in each group of devices, by part."""
@@ -130,7 +131,7 @@ class Serving:
         return forward_operations(main, self.parameters, self.context)
 
     @property
-    def _absorbed_scores(self) -> tuple[float, float]:
+    def _scores_of_cached(self) -> float:
         """Operations of a new token with each cached one, in all layers.
 
         Latent attention does without keys and values (`ops/cached_attention.py`): queries meet
@@ -138,11 +139,10 @@ class Serving:
         """
         sizes = self.model.attention
         if sizes.kind == "latent":
-            dims = sizes.kv_lora_rank + sizes.qk_rope_head_dim, sizes.kv_lora_rank
+            dims = sizes.kv_lora_rank + sizes.qk_rope_head_dim + sizes.kv_lora_rank
         else:
-            dims = sizes.head_dim, sizes.head_dim
-        heads = 2.0 * sizes.num_heads * self.model.num_hidden_layers
-        return heads * dims[0], heads * dims[1]
+            dims = 2 * sizes.head_dim
+        return 2.0 * self.model.num_hidden_layers * sizes.num_heads * dims
 
     def _seconds(
         self, sequences: int, tokens: int, scores: float, cached: float
@@ -162,16 +162,18 @@ class Serving:
 
         products, reads = common * mine * tokens, self.common_bytes + mine * cached
         seconds = {}
-        if self.host is None or self.host.operations is None:
-            products += routed
         if self.host is None:
             reads += read
         else:
-            on_host = routed / self.host.operations if self.host.operations else 0.0
-            seconds["host"] = max(read / self.host.bandwidth, on_host)
+            seconds["host"] = read / self.host.bandwidth
+        if self.host is None or self.host.operations is None:
+            products += routed
+        else:
+            seconds["host"] = max(seconds["host"], routed / self.host.operations)
         rates = machine.rate(self.weights), machine.rate("bfloat16")
-        seconds["compute"] = (products / rates[0] + mine * scores / rates[1]) / COMPUTE
-        seconds["memory"] = reads / machine.memory_bandwidth / MEMORY
+        share = self.efficiency
+        seconds["compute"] = (products / rates[0] + mine * scores / rates[1]) / share.products
+        seconds["memory"] = reads / machine.memory_bandwidth / share.memory
         return seconds | self._exchange(sequences * tokens / devices)
 
     def touched(self, tokens: int) -> float:
@@ -195,10 +197,10 @@ class Serving:
         far = exchanged_rows(moe, 1, (domains,))  # of one token
         near = exchanged_rows(moe, 1, (domains, devices // domains)) - far
         row = self.model.hidden_size * (jnp.dtype(self.weights).itemsize + COMBINE_BYTES)
-        row *= tokens
-        seconds["fast links"] = near * row * routed_layers / machine.fast_links / LINKS
+        row *= tokens / self.efficiency.links
+        seconds["fast links"] = near * row * routed_layers / machine.fast_links
         if domains > 1:
-            seconds["slow links"] = far * row * routed_layers / machine.slow_links / LINKS
+            seconds["slow links"] = far * row * routed_layers / machine.slow_links
         return seconds
 
 
@@ -247,6 +249,8 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
         f"            {cache['all_heads']:,} ({cache['all_heads'] / own:.1f}x), of 8 groups "
         f"{cache['8_groups']:,} ({cache['8_groups'] / own:.1f}x)",
     ]
+    if serving.shared_by > 1:
+        told.append(f"            {serving.shared_by} devices share a sequence")
     if serving.room < 0:
         told.append(
             f"fits        no: weights need {-serving.room / 1e9:,.1f} GB more a device than the "
@@ -273,23 +277,33 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def placed(
+    model: ModelConfig, parameters: Parameters, topology: Topology, context: int, **options: Any
+) -> Serving:
+    """With as few devices to a sequence as hold one this long; if none do, with one.
+
+    Args:
+      options: of `Serving`.
+    """
+    alone = Serving(model, parameters, topology, context, **options)
+    sharing = (2**i for i in range(topology.domain.bit_length()) if topology.domain % 2**i == 0)
+    tried = (dataclasses.replace(alone, shared_by=devices) for devices in sharing)
+    return next((serving for serving in tried if serving.sequences), alone)
+
+
 def fewest(
     model: ModelConfig, parameters: Parameters, machine: Machine, context: int, **options: Any
 ) -> Serving | None:
-    """On the fewest devices, in powers of two, that hold a sequence this long.
-
-    At the same number, the fewest share it. None: `MOST` do not.
-    """
+    """On the fewest devices, in powers of two, that hold a sequence this long; None: not `MOST`."""
     number = 1
     while number <= MOST:
         domain = min(number, machine.fast_domain or number)
         if number > domain and not machine.slow_links:
             return None
         topology = Topology(machine, number, domain, f"{machine.name}:{number}")
-        for shared_by in (2**i for i in range(domain.bit_length()) if domain % 2**i == 0):
-            serving = Serving(model, parameters, topology, context, shared_by=shared_by, **options)
-            if serving.sequences:
-                return serving
+        serving = placed(model, parameters, topology, context, **options)
+        if serving.sequences:
+            return serving
         number *= 2
     return None
 

@@ -62,6 +62,9 @@ def test_bars_are_to_scale() -> None:
     activations, parameters = "kept <activations>: 30.0 GiB", "parameters: 10.0 GiB"
     widths = _widths(all_kinds)
     assert widths == pytest.approx({activations: BAR * 3 / 8, parameters: BAR / 8}, abs=0.1)
+    # Side by side, on the capacity's own bar.
+    places = [float(bar.get("x", "nan")) for bar in all_kinds.iter("rect")]
+    assert places == pytest.approx([LEFT, LEFT, LEFT + BAR * 3 / 8], abs=0.1)
     (line,) = all_kinds.iter("line")
     assert float(line.get("x1", "nan")) == LEFT + BAR
     assert _widths(kinds) == pytest.approx({activations: BAR, parameters: BAR / 3}, abs=0.1)

@@ -18,10 +18,9 @@ from moe_jax.models.language_model import LanguageModel, abstract_weights
 from moe_jax.ops.cached_attention import absorbed_attention
 from moe_jax.planning import machines
 from moe_jax.planning.compiled import Walk
+from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.operations import Parameters, count
 from moe_jax.planning.serving import (
-    COMPUTE,
-    MEMORY,
     SOCKET,
     USABLE,
     Host,
@@ -30,10 +29,12 @@ from moe_jax.planning.serving import (
     fewest,
     figures,
     lines,
+    placed,
 )
 from moe_jax.planning.weights import weights_of
 from moe_jax.sharding import BATCH, P
 
+COMPUTE, MEMORY, LINKS = Efficiency()
 EXPERT = 58 * 3 * 7168 * 2048  # weights of one of V3's routed experts, in all layers
 COMMON = 671_026_419_200 - 256 * EXPERT
 
@@ -109,7 +110,13 @@ def test_one_sequence_on_one_card_with_its_experts_on_the_host(v3) -> None:
     on_socket = _serving(v3, "h100:1", host=SOCKET)
     assert on_socket.decode(1)["host"] == pytest.approx(8 * EXPERT / 300e9)
     assert on_socket.decode(4096)["host"] == pytest.approx(4096 * 2 * 8 * EXPERT / 20e12)
-    assert on_socket.decode(1)["compute"] < seconds["compute"]
+    groups = v3[1].by_group
+    products = 2 * sum(groups[g] for g in ("attention", "dense", "shared", "router", "head"))
+    scores = 2 * 61 * 128 * (512 + 64 + 512) * 4096
+    common = (products / 1979e12 + scores / 989e12) / COMPUTE
+    assert on_socket.decode(1)["compute"] == pytest.approx(common)
+    routed = 2 * 8 * EXPERT / 1979e12 / COMPUTE
+    assert seconds["compute"] == pytest.approx(common + routed)
 
 
 def test_attention_to_the_cache_counts_what_a_program_computes() -> None:
@@ -155,6 +162,45 @@ def test_deepseeks_own_serving_lies_between_the_bounds(v3) -> None:
     least, most = (bound / 4 for bound in reading["tokens_per_second"])
     # What a prompt is padded by and waits for is in neither.
     assert 0.8 * least < 73.7e3 * (1 - 0.563) < most
+
+
+@pytest.mark.parametrize(
+    ("topology", "far", "near"),
+    [
+        # One of eight experts: a token of ten stays in one case of eight.
+        ("h100:8", 0, 10 * 7 / 8),
+        # Half of them cross, once; of twenty in each half, an eighth goes to each of three others.
+        ("h100:2x4", 10 / 2, 3 * 20 / 8),
+    ],
+)
+def test_links_by_hand(v3, topology: str, far: float, near: float) -> None:
+    config, parameters = v3
+    moe = dataclasses.replace(
+        config.model.moe,
+        num_experts=8,
+        num_experts_per_tok=1,
+        num_expert_groups=1,
+        num_limited_groups=1,
+    )
+    model = dataclasses.replace(config.model, moe=moe)
+    seconds = Serving(model, parameters, machines.parse(topology), 4096).decode(80)
+    row = 7168 * (1 + 2) * 58  # there in FP8 and back in bf16, in all routed layers
+    assert seconds["fast links"] == pytest.approx(near * row / 450e9 / LINKS)
+    assert seconds.get("slow links", 0) == pytest.approx(far * row / 50e9 / LINKS)
+    assert seconds["latency"] == pytest.approx(2 * 58 * 3.3e-6)
+
+
+def test_a_dense_model_whose_weights_devices_share() -> None:
+    model = validation.parse(load(CONFIGS / "llama3_405b.py")).model
+    parameters = count(weights_of(model), model)
+    serving = placed(model, parameters, machines.parse("h200:8"), 8192)
+    assert serving.shared_by == 4  # 405 GB in FP8: a half does not fit one, a quarter does
+    assert figures(serving)["cache_bytes_per_token"]["own"] == 516_096
+    assert "            4 devices share a sequence" in lines(serving)
+    seconds = serving.decode(2)  # one in each group
+    read = (405_853_388_800 + 8192 * 516_096) / 4
+    assert seconds["memory"] == pytest.approx(read / 4800e9 / MEMORY)
+    assert seconds["latency"] == pytest.approx(126 * 3.3e-6)
 
 
 def test_prices(v3) -> None:
