@@ -86,6 +86,12 @@ def state_of(config: Config) -> Any:
         return abstract_state(jax.jit(lambda: init_state(config)), mesh)
 
 
+def init(config: Config) -> Any:
+    """The state, its arrays on the emulated devices."""
+    with jax.set_mesh(_mesh(config)):
+        return quick_jit(lambda: init_state(config))()
+
+
 def case_of(config: Config) -> Case:
     return Case.of(config, _mesh(config).size)
 

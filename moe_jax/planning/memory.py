@@ -43,20 +43,18 @@ def memory(case: Case) -> dict[str, float]:
 
 def state(case: Case) -> dict[str, float]:
     """Bytes of the arrays that outlive a step; float32, whatever the precision of products."""
-    parameters = sum(w.part(case.sizes) for w in case.weights if w.trained) * FLOAT32
-    biases = sum(w.part(case.sizes) for w in case.weights if not w.trained) * FLOAT32
+    parameters = _parts(case, trained=True)
     return {
         "parameters": parameters,
         "optimizer": 2 * parameters,
-        "moving average": parameters if case.config.optimizer.ema_decay else 0,
-        "router bias": biases,
+        "moving average": parameters if case.config.optimizer.ema_decay else 0.0,
+        "router bias": _parts(case, trained=False),
     }
 
 
 def gradients(case: Case) -> float:
     """The sum over micro-batches, and beside it the one that is added; float32."""
-    parameters = sum(w.part(case.sizes) for w in case.weights if w.trained) * FLOAT32
-    return parameters * (2 if case.micro_batches > 1 else 1)
+    return _parts(case, trained=True) * (2 if case.micro_batches > 1 else 1)
 
 
 def kept_activations(case: Case) -> float:
@@ -72,6 +70,11 @@ def kept_activations(case: Case) -> float:
         travelled + (policy == "none")
     )
     return layers + case.depth * of_module
+
+
+def _parts(case: Case, *, trained: bool) -> float:
+    """Bytes of this device's parts of all weights, or of the router biases, which are not trained."""
+    return FLOAT32 * float(sum(w.part(case.sizes) for w in case.weights if w.trained == trained))
 
 
 # What each policy keeps, by the names of `layer_items`.

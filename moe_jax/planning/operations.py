@@ -46,7 +46,8 @@ def count_parameters(parameters: Any, router_bias: Any, config: ModelConfig) -> 
 
 def count(weights: Iterable[Weight], config: ModelConfig) -> Parameters:
     """The same of `weights_of`."""
-    main, mtp, biases = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), 0
+    main: dict[str, int] = dict.fromkeys(GROUPS, 0)
+    mtp, biases = dict(main), 0
     for weight in weights:
         of = mtp if weight.stack == "mtp" else main
         of[weight.group] += weight.size

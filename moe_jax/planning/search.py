@@ -62,8 +62,8 @@ def search(
 
 def smallest(case: Case, topology: Topology) -> tuple[Case, float] | None:
     """The way that takes the least memory, and its bytes; None where the batch cannot be split."""
-    needed = [(sum(memory(c).values()), i, c) for i, c in enumerate(candidates(case, topology))]
-    return min(needed)[::-2] if needed else None
+    needed = [(c, sum(memory(c).values())) for c in candidates(case, topology)]
+    return min(needed, key=lambda way: way[1], default=None)
 
 
 def candidates(case: Case, topology: Topology) -> Iterator[Case]:

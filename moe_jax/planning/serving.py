@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
-from moe_jax.layers.cache import of_heads, values_per_token
+from moe_jax.layers.cache import values_per_token
 from moe_jax.planning.communication import exchanged_rows
 from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.machines import Machine, Topology
+from moe_jax.planning.memory import cache_per_token
 from moe_jax.planning.operations import Parameters, forward_operations
 
 USABLE = 0.9  # of a device's memory, for weights and cache; the rest is for activations
@@ -212,11 +213,7 @@ def figures(serving: Serving, price: float | None = None) -> dict[str, Any]:
     """
     model, itemsize = serving.model, jnp.dtype(serving.cache).itemsize
     found: dict[str, Any] = {
-        "cache_bytes_per_token": {
-            "own": serving.cache_per_token,
-            "all_heads": of_heads(model, model.attention.num_heads) * itemsize,
-            "8_groups": of_heads(model, 8) * itemsize,
-        },
+        "cache_bytes_per_token": cache_per_token(model, itemsize),
         "context": serving.context,
         "longest_context": serving.longest,
         "sequences": serving.sequences,
@@ -268,7 +265,8 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
             text = f"{title:11} {_short(least)} to {_short(most)} tokens/s, bound by {longest}"
             if price is not None:
                 low, high = part["price_per_million_tokens"]
-                text += f"; {low:.2f} to {high:.2f} a million"
+                told.append(text)
+                text = f"            {_short(low)} to {_short(high)} for a million"
             told.append(text)
     return told
 

@@ -6,7 +6,6 @@ import pytest
 from compiled_steps import case_of, make_config
 
 from moe_jax import validation
-from moe_jax.config import to_dict
 from moe_jax.planning import memory
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency, Step, product_bytes, step
@@ -90,7 +89,7 @@ def test_the_search_finds_what_fits_and_the_fastest_first() -> None:
 def test_every_candidate_runs_as_its_flags_say() -> None:
     planned = case(fsdp=2, expert=4)
     for candidate in candidates(planned, topology()):
-        validation.check_mesh(validation.parse(to_dict(candidate.config)), candidate.sizes)
+        validation.check_mesh(candidate.config, candidate.sizes)
     assert flags(planned.config) == [
         "--config.mesh.data=1",
         "--config.mesh.fsdp=2",
