@@ -73,7 +73,7 @@ def kept_activations(case: Case) -> float:
 
 
 def _parts(case: Case, *, trained: bool) -> float:
-    """Bytes of this device's parts of all weights, or of the router biases, which are not trained."""
+    """Bytes of this device's parts of weights; router biases are not trained."""
     return FLOAT32 * float(sum(w.part(case.sizes) for w in case.weights if w.trained == trained))
 
 
@@ -102,7 +102,7 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
     experts: the results of gate and up, in tiles.
     products: the results of all others but the feed-forward part's last, which nothing asks for.
     """
-    model, tokens, size = case.config.model, case.tokens, case.compute_bytes
+    model, tokens, size = case.config.model, float(case.tokens), case.compute_bytes
     attention, moe, dim = model.attention, model.moe, model.hidden_size
     heads = attention.num_heads
     if attention.kind == "latent":
@@ -114,28 +114,25 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
     else:
         latents, value = 0, attention.head_dim
         query, key_value = heads * value, 2 * attention.num_key_value_heads * value
-    products = query + key_value + dim
+    products = size * (query + key_value + dim)
     items = {
         "input": tokens * dim * size,
         "latents": tokens * latents * size,
         "attention": tokens * heads * (value * size + FLOAT32),
+        "routing": 0.0,
+        "exchange": 0.0,
+        "experts": 0.0,
     }
-    if not routed:
-        products += 2 * model.intermediate_size
-        return items | {
-            "routing": 0.0,
-            "exchange": 0.0,
-            "experts": 0.0,
-            "products": tokens * products * size,
-        }
-    top_k, slots = moe.num_experts_per_tok, expert_slots(case)
-    products += 2 * moe.num_shared_experts * moe.intermediate_size
-    return items | {
-        "routing": (tokens * top_k + slots) * INT32,
-        "exchange": sum(buffer_rows(case)) * (dim * size + 2 * top_k * FLOAT32),
-        "experts": slots * 2 * moe.intermediate_size * size,
-        "products": tokens * (products * size + moe.num_experts * FLOAT32),
-    }
+    if routed:
+        top_k, slots = moe.num_experts_per_tok, expert_slots(case)
+        items["routing"] = (tokens * top_k + slots) * INT32
+        items["exchange"] = sum(buffer_rows(case)) * (dim * size + 2 * top_k * FLOAT32)
+        items["experts"] = slots * 2 * moe.intermediate_size * size
+        shared = moe.num_shared_experts * moe.intermediate_size
+        products += 2 * shared * size + moe.num_experts * FLOAT32
+    else:
+        products += 2 * model.intermediate_size * size
+    return items | {"products": tokens * products}
 
 
 def expert_slots(case: Case) -> int:

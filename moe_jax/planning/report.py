@@ -94,13 +94,13 @@ def _communication(plan: Plan) -> Iterator[str]:
     yield f"sends       {format_bytes(sent['total'])} of a device in a step"
     if not sent["transfers"]:
         return
-    yield f"{'':22}{'over':<22}{'fast links':>12}{'slow links':>12}{'alone':>10}"
+    yield f"{'':22}{'over':<25}{'fast links':>11}{'slow links':>11}{'alone':>10}"
     for transfer in sorted(sent["transfers"], key=lambda t: -t["seconds"]):
-        axes = ", ".join(transfer["axes"])
+        axes = ",".join(transfer["axes"])
         slow = format_bytes(transfer["slow"]) if transfer["slow"] else "-"
         fast = format_bytes(transfer["fast"]) if transfer["fast"] else "-"
         seconds = _seconds(transfer["seconds"])
-        yield f"  {transfer['kind']:<20}{axes:<22}{fast:>12}{slow:>12}{seconds:>10}"
+        yield f"  {transfer['kind']:<20}{axes:<25}{fast:>11}{slow:>11}{seconds:>10}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -115,6 +115,9 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"  {'waiting for links':<22}{_seconds(waiting):>12}" + (
             f"{waiting / plan['step_seconds']:>8.1%}"
         )
+    if waiting and plan["exchange_seconds"] and not plan["batch"]["split_micro_batch"]:
+        exchange = _seconds(plan["exchange_seconds"])
+        yield f"            {exchange} for tokens, which training.split_micro_batch may hide"
     yield (
         f"rates       {rates['operations'] / 1e12:,.4g} TFLOP/s x {shares['products']:g}, memory "
         f"{rates['memory'] / 1e9:,.4g} GB/s x {shares['memory']:g},"
@@ -158,7 +161,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
             if "mfu" in way
             else ""
         )
-        yield f"  {speed}{format_bytes(way['memory'])}; mesh {way['mesh']}"
+        yield f"  {speed}{format_bytes(way['memory'])} of a device"
         flags = way["flags"]
         yield from (f"    {' '.join(flags[i : i + 2])}" for i in range(0, len(flags), 2))
 
