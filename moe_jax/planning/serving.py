@@ -20,9 +20,9 @@ from moe_jax.layers.cache import of_heads, values_per_token
 from moe_jax.planning.communication import exchanged_rows
 from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.machines import Machine, Topology
+from moe_jax.planning.memory import USABLE
 from moe_jax.planning.operations import Parameters, forward_operations
 
-USABLE = 0.9  # of a device's memory, for weights and cache; the rest is for activations
 # Seconds until a few bytes arrive: over NVLink, Insights into DeepSeek-V3 (arXiv 2505.09343), table
 # 5; over other links it is an assumption.
 LATENCY = 3.3e-6
@@ -256,7 +256,7 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
             f"fits        no: weights need {-serving.room / 1e9:,.1f} GB more a device than the "
             f"{USABLE:.0%} of its memory"
         )
-        return told
+        return told + _with_hosts(serving)
     told.append(
         f"fits        {serving.sequences:,} sequences; alone, one of {serving.longest:,} tokens"
     )
@@ -270,6 +270,19 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
                 low, high = part["price_per_million_tokens"]
                 text += f"; {low:.2f} to {high:.2f} a million"
             told.append(text)
+    return told
+
+
+def _with_hosts(serving: Serving) -> list[str]:
+    """How fast one sequence is written with routed experts in the memory of hosts, as lines."""
+    links, told = serving.topology.machine.host_links, []
+    ways = [("read over its links", Host(links))] if links else []
+    for way, host in (*ways, ("computed there (estimate)", SOCKET)):
+        moved = dataclasses.replace(serving, host=host)
+        if serving.host is None and serving.parameters.by_group["routed"] and moved.sequences:
+            bounds = figures(moved)["decode_one"]["tokens_per_second"]
+            rate = " to ".join(_short(bound) for bound in bounds)
+            told.append(f"            experts on hosts, {way}: {rate} tokens/s")
     return told
 
 
