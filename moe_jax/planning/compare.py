@@ -30,7 +30,8 @@ def lines(first: Path, second: Path) -> list[str]:
         name = path.removeprefix(".")
         # The end of a long name says the most.
         shown = name if len(name) <= 38 else f"...{name[-35:]}"
-        told.append(f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}")
+        row = f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}"
+        told.append(row.rstrip())
     return told
 
 
