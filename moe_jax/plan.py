@@ -76,7 +76,7 @@ def plan() -> list[str]:
         if topology is None:
             raise UserError("--context needs --topology, such as --topology=h200:1x8")
         parameters = count(case.weights, config.model)
-        service = serving.Serving(
+        service = serving.placed(
             config.model, parameters, topology, CONTEXT.value, efficiency=efficiency
         )
         figures["serving"] = serving.figures(service, PRICE.value)

@@ -30,14 +30,18 @@ def lines(first: Path, second: Path) -> list[str]:
         name = path.removeprefix(".")
         # The end of a long name says the most.
         shown = name if len(name) <= 38 else f"...{name[-35:]}"
-        told.append(f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}")
+        row = f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}"
+        told.append(row.rstrip())
     return told
 
 
 def _numbered(value: Any) -> Any:
-    """The same with lists as objects, whose entries are compared one by one."""
+    """The same with lists of numbers as objects, whose entries are compared one by one.
+
+    A list of objects is left out: what stands at a place of the one may be elsewhere in the other.
+    """
     if isinstance(value, list):
-        value = {str(i): item for i, item in enumerate(value)}
+        value = {str(i): item for i, item in enumerate(value) if not isinstance(item, Mapping)}
     if isinstance(value, Mapping):
         return {name: _numbered(item) for name, item in value.items()}
     return value

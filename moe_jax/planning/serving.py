@@ -20,10 +20,9 @@ from moe_jax.layers.cache import values_per_token
 from moe_jax.planning.communication import exchanged_rows
 from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.machines import Machine, Topology
-from moe_jax.planning.memory import cache_per_token
+from moe_jax.planning.memory import USABLE, cache_per_token
 from moe_jax.planning.operations import Parameters, forward_operations
 
-USABLE = 0.9  # of a device's memory, for weights and cache; the rest is for activations
 # Seconds until a few bytes arrive: over NVLink, Insights into DeepSeek-V3 (arXiv 2505.09343), table
 # 5; over other links it is an assumption.
 LATENCY = 3.3e-6
@@ -253,7 +252,7 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
             f"fits        no: weights need {-serving.room / 1e9:,.1f} GB more a device than the "
             f"{USABLE:.0%} of its memory"
         )
-        return told
+        return told + _with_hosts(serving)
     told.append(
         f"fits        {serving.sequences:,} sequences; alone, one of {serving.longest:,} tokens"
     )
@@ -268,6 +267,19 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
                 told.append(text)
                 text = f"            {_short(low)} to {_short(high)} for a million"
             told.append(text)
+    return told
+
+
+def _with_hosts(serving: Serving) -> list[str]:
+    """How fast one sequence is written with routed experts in the memory of hosts, as lines."""
+    links, told = serving.topology.machine.host_links, []
+    ways = [("read over its links", Host(links))] if links else []
+    for way, host in (*ways, ("computed there (estimate)", SOCKET)):
+        moved = dataclasses.replace(serving, host=host)
+        if serving.host is None and serving.parameters.by_group["routed"] and moved.sequences:
+            bounds = figures(moved)["decode_one"]["tokens_per_second"]
+            rate = " to ".join(_short(bound) for bound in bounds)
+            told.append(f"            experts on hosts, {way}: {rate} tokens/s")
     return told
 
 

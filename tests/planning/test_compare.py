@@ -14,6 +14,7 @@ A = {
     "parameters": {"total": 671026419200},
     "step_seconds": 20.5,
     "bounds": [1.0, 2.0],
+    "alternatives": [{"mfu": 0.1}],
     "mesh": {"a_name_that_goes_on_and_on_until_it_is_too_long": 1},
 }
 
@@ -33,6 +34,7 @@ def test_changed_figures_and_their_ratios(tmp_path: Path) -> None:
     b["step_seconds"] = 41
     b["parameters"]["total"] = 0
     b["bounds"][1] = 5000.0
+    b["alternatives"].insert(0, {"mfu": 0.2})
     b["mesh"] = {"a_name_that_goes_on_and_on_until_it_is_too_long": 2}
     told = lines(*_files(tmp_path, A, b))
     rows = [line.split() for line in told[4:]]

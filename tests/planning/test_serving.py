@@ -19,10 +19,10 @@ from moe_jax.ops.cached_attention import absorbed_attention
 from moe_jax.planning import machines
 from moe_jax.planning.compiled import Walk
 from moe_jax.planning.estimate import Efficiency
+from moe_jax.planning.memory import USABLE
 from moe_jax.planning.operations import Parameters, count
 from moe_jax.planning.serving import (
     SOCKET,
-    USABLE,
     Host,
     Serving,
     by_machine,
@@ -239,7 +239,11 @@ def test_the_lines_fit_and_tell_what_does_not(v3) -> None:
     assert told[3] == "fits        776 sequences; alone, one of 399,074 tokens"
     refused = lines(_serving(v3, "h100:1"))
     missing = (COMMON + 256 * EXPERT - USABLE * 80e9) / 1e9
-    assert f"no: weights need {missing:,.1f} GB more a device" in refused[-1]
+    assert f"no: weights need {missing:,.1f} GB more a device" in refused[3]
+    assert refused[4:] == [
+        "            experts on hosts, read over its links: 3.07 to 3.13 tokens/s",
+        "            experts on hosts, computed there (estimate): 13.4 to 14.7 tokens/s",
+    ]
     one = machines.read()["rtx4090"]._replace(name="lonely", fast_domain=1, slow_links=0.0)
     compared = by_machine(config.model, parameters, [*machines.read().values(), one], 2**20)
     assert compared[-1] == "lonely         4,096 devices do not hold it"
