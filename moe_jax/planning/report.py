@@ -134,7 +134,7 @@ def _run(plan: Plan) -> Iterator[str]:
     hours = _amount(plan["device_hours"])
     yield (
         f"run         {format_count(plan['tokens'])} tokens in {hours} device-hours: "
-        f"{plan['days']:,.4g} days"
+        f"{_amount(plan['days'])} days"
     )
     if plan["cost"] is not None:
         yield (
@@ -143,7 +143,7 @@ def _run(plan: Plan) -> Iterator[str]:
         )
     if plan["energy_kwh"] is not None:
         megawatt_hours = plan["energy_kwh"] / 1000
-        yield f"energy      {megawatt_hours:,.4g} MWh of the devices alone, at their limit"
+        yield f"energy      {_amount(megawatt_hours)} MWh of the devices alone, at their limit"
 
 
 def _alternatives(plan: Plan) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
 
 def _seconds(value: float) -> str:
     if value >= 1:
-        return f"{value:,.4g} s"
+        return f"{value:,.0f} s" if value >= 1000 else f"{value:.4g} s"
     return f"{value * 1e3:,.4g} ms" if value >= 1e-3 else f"{value * 1e6:,.4g} us"
 
 
