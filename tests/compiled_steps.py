@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import math
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from emulated import make_mesh, quick_jit
 
-from moe_jax import sharding
+from moe_jax import sharding, validation
 from moe_jax.config import (
     AttentionConfig,
     Config,
@@ -86,6 +88,13 @@ def state_of(config: Config) -> Any:
         return abstract_state(jax.jit(lambda: init_state(config)), mesh)
 
 
+def tiny() -> Config:
+    """configs/tiny.py, in float32."""
+    file = Path(validation.__file__).parents[1] / "configs" / "tiny.py"
+    config = validation.parse(runpy.run_path(str(file))["get_config"]())
+    return dataclasses.replace(config, precision=CONFIG.precision)
+
+
 def init(config: Config) -> Any:
     """The state, its arrays on the emulated devices."""
     with jax.set_mesh(_mesh(config)):
@@ -106,7 +115,7 @@ def counts_of(config: Config) -> Counts:
     """Of one device. Routing is balanced and of one round."""
     mesh, case = _mesh(config), case_of(config)
     with jax.set_mesh(mesh):
-        shape = (case.micro_batches, case.rows * mesh.size, LENGTH)
+        shape = (case.micro_batches, case.rows * mesh.size, case.length)
 
         def field(dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
@@ -125,3 +134,13 @@ def counts_of(config: Config) -> Counts:
         trips[f"/pieces_of_{size}/while$"], left = divmod(left, size)
     assert left == 0, "a load that fills whole tiles"
     return Walk(text, trips).counts()
+
+
+# What plans are held against: each rematerialization once but for `minimal`, micro-batches,
+# prediction ahead, all four axes.
+HELD = {
+    "tiny": tiny(),
+    "none": make_config(2, 2, "none", fsdp=2, expert=4),
+    "latent": make_config(2, 1, "latent", depth=2, fsdp=2, expert=4),
+    "full": make_config(2, 1, "full", data=2, expert_outer=2, expert=2),
+}

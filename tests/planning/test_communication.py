@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from compiled_steps import case_of, counts_of, make_config
+from compiled_steps import HELD, case_of, counts_of
 
 from moe_jax.config import Config, MoEConfig
 from moe_jax.planning.communication import (
@@ -60,15 +60,7 @@ def test_rows_that_leave_a_device() -> None:
     assert exchanged_rows(_moe(8, 8), 100, [1, 1]) == 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        make_config(2, 2, "none", fsdp=2, expert=4),
-        make_config(2, 1, "latent", depth=2, fsdp=2, expert=4),
-        make_config(2, 1, "full", data=2, expert_outer=2, expert=2),
-    ],
-    ids=lambda config: config.training.rematerialization,
-)
+@pytest.mark.parametrize("config", HELD.values(), ids=HELD)
 def test_the_compiled_step_sends_what_is_counted(config: Config) -> None:
     case, compiled = case_of(config), counts_of(config)
     planned: dict[str, float] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import pytest
-from compiled_steps import case_of, init, make_config
+from compiled_steps import HELD, case_of, init, make_config
 
 from benchmarks import compile_one
 from benchmarks.rematerialization import residual_bytes
@@ -22,23 +22,24 @@ CONFIGS = Path(validation.__file__).parents[1] / "configs"
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "config",
     [
-        {"fsdp": 1},
-        {"fsdp": 8},
-        {"fsdp": 2, "expert": 4},
-        {"data": 2, "expert_outer": 2, "expert": 2},
+        HELD["tiny"],
+        HELD["full"],
+        make_config(1, 1, "full", depth=1, fsdp=1),
+        make_config(1, 1, "full", depth=1, fsdp=8),
     ],
+    ids=lambda config: f"{config.mesh.fsdp}x{config.mesh.expert}",
 )
-def test_the_state_is_what_a_run_holds_on_each_device(mesh: dict[str, int]) -> None:
-    config = make_config(1, 1, "full", depth=1, **mesh)
-    held = init(config)
+def test_the_state_is_what_a_run_holds_on_each_device(config: Config) -> None:
+    held, averaged = init(config), config.optimizer.ema_decay > 0
+    devices = case_of(config).devices
 
     def of_device(tree: Any) -> int:
         """Alike on all."""
         sizes = {
             sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(tree))
-            for i in range(math.prod(mesh.values()))
+            for i in range(devices)
         }
         (size,) = sizes
         return size
@@ -46,16 +47,9 @@ def test_the_state_is_what_a_run_holds_on_each_device(mesh: dict[str, int]) -> N
     assert memory.state(case_of(config)) == {
         "parameters": of_device(held["parameters"]),
         "optimizer": of_device(held["optimizer"]),
-        "moving average": of_device(held["ema"]),
+        "moving average": of_device(held["ema"]) if averaged else 0,
         "router bias": of_device(held["router_bias"]),
     }
-    assert memory.state(case_of(without_ema(config)))["moving average"] == 0
-
-
-def without_ema(config: Config) -> Config:
-    return dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0)
-    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import pytest
-from compiled_steps import LENGTH, case_of, counts_of, make_config
+from compiled_steps import HELD, case_of, counts_of
 from emulated import make_mesh
 
 from moe_jax.config import (
@@ -146,19 +146,11 @@ def test_weights_of_a_model_that_is_not_here_are_those_of_one_that_is() -> None:
     assert count(weights_of(config), config) == count_parameters(*_shapes(config), config)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        make_config(2, 2, "none", fsdp=2, expert=4),
-        make_config(2, 1, "latent", depth=2, fsdp=2, expert=4),
-        make_config(2, 1, "full", data=2, expert_outer=2, expert=2),
-    ],
-    ids=lambda config: config.training.rematerialization,
-)
+@pytest.mark.parametrize("config", HELD.values(), ids=HELD)
 def test_the_compiled_step_does_what_is_counted(config: Config) -> None:
     case, model = case_of(config), config.model
     # Rows of one block of attention, in which every token looks at every other.
-    length = 2 * LENGTH - 1
+    length = 2 * case.length - 1
     counted = count(case.weights, model)
     needed = training_operations(model, counted, length)
     again = recomputed_operations(
