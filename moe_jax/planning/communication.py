@@ -124,10 +124,14 @@ def rows_by_axis(case: Case) -> dict[str, float]:
     The padded exchange sends whole buffers, which hold `buffer_factor` times a balanced load.
     """
     moe, sizes = case.config.model.moe, [case.sizes[axis] for axis in EXPERT_AXES]
+    rows = _rows(moe, case.tokens, sizes, padded=_is_padded(case))
+    return dict(zip(EXPERT_AXES, rows, strict=True))
+
+
+def _is_padded(case: Case) -> bool:
     wanted = case.config.model.backends.exchange
     form = BACKENDS["exchange"][case.platform][0] if wanted == "auto" else wanted
-    rows = _rows(moe, case.tokens, sizes, padded=form == "padded")
-    return dict(zip(EXPERT_AXES, rows, strict=True))
+    return form == "padded"
 
 
 def share_of_tokens(moe: MoEConfig, experts: int) -> float:
@@ -172,6 +176,17 @@ def buffer_rows(case: Case) -> list[float]:
     sizes = [case.sizes[axis] for axis in EXPERT_AXES]
     rows = _rows(case.config.model.moe, case.tokens, sizes, padded=True)
     return [n * size / (size - 1) for n, size in zip(rows, sizes, strict=True) if size > 1]
+
+
+def returned_rows(case: Case) -> float:
+    """Slots of the rows that come back to a device, along all of these axes."""
+    rows = buffer_rows(case)
+    if _is_padded(case):
+        return sum(rows)
+    # As many as each row that is sent on could have, whatever the routing.
+    sizes = [case.sizes[axis] for axis in EXPERT_AXES if case.sizes[axis] > 1]
+    top_k = case.config.model.moe.num_experts_per_tok
+    return sum(n * min(top_k, size) for n, size in zip([case.tokens, *rows], sizes, strict=False))
 
 
 def _balanced(moe: MoEConfig, tokens: int) -> Balanced:

@@ -18,7 +18,7 @@ from moe_jax.ops.backends import choose
 from moe_jax.ops.cross_entropy import CHUNK_LOGITS
 from moe_jax.ops.grouped_matmul import tile_size
 from moe_jax.planning.case import Case
-from moe_jax.planning.communication import buffer_rows
+from moe_jax.planning.communication import buffer_rows, returned_rows
 from moe_jax.sharding import EXPERT_AXES
 
 FLOAT32 = INT32 = 4
@@ -62,13 +62,17 @@ def kept_activations(case: Case) -> float:
     policy, routed_stack = case.config.training.rematerialization, case.routed_layers > 0
     layers = case.dense_layers * kept_by_layer(case, False, policy)
     layers += case.routed_layers * kept_by_layer(case, True, policy)
-    # A module that predicts ahead keeps the vectors of the next tokens, where these have travelled,
-    # and their projection besides.
+    # A module that predicts ahead ends in a norm, for which what comes back to it is kept as well,
+    # and begins with vectors of the next tokens, where these have travelled, and their projection.
     stream = case.tokens * case.config.model.hidden_size * case.compute_bytes
-    travelled = policy in ("none", "minimal") and case.sizes["fsdp"] > 1
-    of_module = kept_by_layer(case, routed_stack, policy) + stream * (
-        travelled + (policy == "none")
-    )
+    of_module = kept_by_layer(case, routed_stack, policy)
+    if policy in ("none", "minimal"):
+        of_module += stream * (case.sizes["fsdp"] > 1)
+        returned = returned_rows(case) if routed_stack else 0.0
+        of_module += returned * case.config.model.hidden_size * case.combine_bytes
+    if policy == "none":
+        last = not routed_stack or case.config.model.moe.num_shared_experts > 0
+        of_module += stream * (1 + last)
     return layers + case.depth * of_module
 
 

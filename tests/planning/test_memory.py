@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
-from compiled_steps import HELD, case_of, init, make_config
+from compiled_steps import HELD, LENGTH, case_of, init, make_config
+from flax import nnx
 
 from benchmarks import compile_one
 from benchmarks.rematerialization import residual_bytes
@@ -17,6 +19,7 @@ from moe_jax.config import Config, MeshConfig
 from moe_jax.models.block import REMATERIALIZATION
 from moe_jax.planning import memory
 from moe_jax.planning.case import Case
+from moe_jax.training.step import make_model
 
 CONFIGS = Path(validation.__file__).parents[1] / "configs"
 
@@ -108,3 +111,35 @@ def test_steps_compiled_for_clusters_take_about_what_is_planned() -> None:
         assert planned == pytest.approx(state, abs=0.051), (target, model)
         besides = sum(memory.memory(case).values()) / 2**30 - planned
         assert 0.73 < temporary / besides < 1.3, (target, model, temporary, besides)
+
+
+def test_the_whole_model_keeps_what_jax_keeps() -> None:
+    """Layers of both kinds and modules that predict ahead, on a mesh that moves embeddings."""
+
+    def config_of(policy: str) -> Config:
+        return make_config(2, 1, policy, depth=2, fsdp=2, expert=4)
+
+    def residuals(policy: str) -> float:
+        config = config_of(policy)
+        mesh = sharding.abstract_mesh(case_of(config).sizes)
+        with jax.sharding.use_abstract_mesh(mesh):
+            graphdef, parameters, rest = nnx.split(
+                nnx.eval_shape(lambda: make_model(config)), nnx.Param, ...
+            )
+            split = jax.NamedSharding(mesh, sharding.BATCH)
+            ids = jax.ShapeDtypeStruct((2 * 8, LENGTH), jnp.int32, sharding=split)
+
+            def states(parameters, rest, ids):
+                model = nnx.merge(graphdef, parameters, rest)
+                hidden, _ = model.hidden_states(ids, ids, ids, training=True)
+                return hidden, model.predict_ahead(hidden, ids, ids, ids, training=True).hidden_KBLD
+
+            def kept(parameters, rest, ids):
+                return jax.vjp(lambda p: states(p, rest, ids), parameters)[1]
+
+            leaves = jax.tree.leaves(jax.eval_shape(kept, parameters, rest, ids))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 8
+
+    for policy in ("latent", "minimal", "none"):
+        here, full = (memory.kept_activations(case_of(config_of(p))) for p in (policy, "full"))
+        assert residuals(policy) - residuals("full") == pytest.approx(here - full, rel=0.03), policy
