@@ -137,7 +137,7 @@ def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any) -> dic
 
 def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Of the portable loops over experts, by op_name: every expert with the same load."""
-    trips: dict[str, float] = {r"further_rounds\)*/while$": 0}
+    trips: dict[str, float] = {r"further_rounds\)*/cond/branch_1_fun/while$": 0}
     moe = config.model.moe
     devices = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
     sizes = sorted({int(size) for size in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True)
