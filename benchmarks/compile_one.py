@@ -1,5 +1,4 @@
-"""One row of `benchmarks.compiled_step`: arguments MODEL, TARGET, BUFFER_FACTOR and "whole", or
-"halves" for two rows a device that routed layers take one after the other.
+"""One row of `benchmarks.compiled_step`: arguments MODEL, TARGET and BUFFER_FACTOR.
 
 Compiles the train step for devices that are not here, counts what one of them does, and prints it
 as a line of JSON.
@@ -50,9 +49,7 @@ MESHES = {
 }
 
 
-def make_config(
-    model: str, target: str, buffer_factor: float, rows: int, num_devices: int
-) -> Config:
+def make_config(model: str, target: str, buffer_factor: float, num_devices: int) -> Config:
     """The model's own sizes, at a small depth."""
     raw = importlib.import_module(f"configs.{model}").get_config()
     raw.model.num_hidden_layers = DENSE_LAYERS + ROUTED_LAYERS
@@ -62,26 +59,24 @@ def make_config(
     raw.mesh.update({axis: 1 for axis in MESH_AXES} | {"fsdp": -1} | MESHES[model][target])
     raw.data.num_streams = num_devices
     raw.data.stages = ({"sequence_length": LENGTH, "tokens": None},)
-    raw.training.tokens_per_step = num_devices * rows * LENGTH
-    raw.training.split_micro_batch = rows > 1
+    raw.training.tokens_per_step = num_devices * LENGTH
     raw.training.micro_batches = 1
     raw.training.rematerialization = "none"
     return validation.parse(raw)
 
 
 def main() -> None:
-    model, target, buffer_factor, split = sys.argv[1:5]
-    rows = {"whole": 1, "halves": 2}[split]  # of a device
+    model, target, buffer_factor = sys.argv[1:4]
     topologies.prepare()
     for variable, flags in platform.FLAGS.values():  # as for those who train
         given = os.environ.get(variable, "")
         os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
     devices = topologies.devices(target)
-    config = make_config(model, target, float(buffer_factor), rows, len(devices))
+    config = make_config(model, target, float(buffer_factor), len(devices))
     mesh = sharding.make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
-        shape = (1, len(devices) * rows, LENGTH)
+        shape = (1, len(devices), LENGTH)
         batch = {
             name: jax.ShapeDtypeStruct(
                 shape,
@@ -95,8 +90,8 @@ def main() -> None:
         compiled = lowered.compile()
         seconds = time.perf_counter() - begin
     text = compiled.as_text()
-    if len(sys.argv) > 5:
-        Path(sys.argv[5]).write_text(text)
+    if len(sys.argv) > 4:
+        Path(sys.argv[4]).write_text(text)
     memory = compiled.memory_analysis()
     facts = {
         "device": devices[0].device_kind,
@@ -106,11 +101,11 @@ def main() -> None:
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    print(json.dumps(facts | count(text, config, rows * LENGTH, mesh, state)))
+    print(json.dumps(facts | count(text, config, mesh, state)))
 
 
-def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state: Any) -> dict:
-    """What one device does with so many tokens, and what it would have to."""
+def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any) -> dict:
+    """What one device does, and what it would have to."""
     kind = mesh.devices.flat[0].device_kind
     machine = of_device_kind(kind)
     assert machine is not None, f"{kind} is not in machines.toml"
@@ -118,7 +113,7 @@ def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state
     walk = Walk(text, expected_trips(text, config, mesh), GPU_KERNELS if "NVIDIA" in kind else None)
     counts = walk.counts()
     parameters = count_parameters(state["parameters"], state["router_bias"], config.model)
-    needed = training_operations(config.model, parameters, LENGTH) * tokens
+    needed = training_operations(config.model, parameters, LENGTH) * LENGTH
     exchanges = [c for c in counts.collectives if is_exchange(c)]
     of_exchanges = [
         o for o in overlaps(walk, machine) if is_exchange(o.collective) and o.collective.times
@@ -128,7 +123,7 @@ def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state
         "operations": counts.operations,
         "needed_operations": needed,
         "exchange_bytes": sum(c.bytes * c.times for c in exchanges),
-        "needed_exchange_bytes": needed_exchange(config, tokens, mesh),
+        "needed_exchange_bytes": needed_exchange(config, mesh),
         "exchange_seconds": sum(o.seconds * o.collective.times for o in of_exchanges),
         "hidden_seconds": sum(o.share * o.seconds * o.collective.times for o in of_exchanges),
         "collectives": [
@@ -143,7 +138,7 @@ def count(text: str, config: Config, tokens: int, mesh: jax.sharding.Mesh, state
 
 def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Of the portable loops over experts, by op_name: every expert with the same load."""
-    trips: dict[str, float] = {r"further_rounds\)*/while$": 0}
+    trips: dict[str, float] = {r"further_rounds\)*/cond/branch_1_fun/while$": 0}
     moe = config.model.moe
     devices = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
     sizes = sorted({int(size) for size in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True)
@@ -189,10 +184,10 @@ GPU_KERNELS: dict[str, Kernel] = {
 }
 
 
-def needed_exchange(config: Config, tokens: int, mesh: jax.sharding.Mesh) -> float:
+def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:
     """Bytes of one copy per destination, there and back, in a forward and a backward pass."""
     sizes = [mesh.shape[axis] for axis in sharding.EXPERT_AXES]
-    rows = exchanged_rows(config.model.moe, tokens, sizes)
+    rows = exchanged_rows(config.model.moe, LENGTH, sizes)
     precision = config.precision
     there, back = jnp.dtype(precision.compute_dtype), jnp.dtype(precision.combine_dtype)
     row = config.model.hidden_size * (there.itemsize + back.itemsize)

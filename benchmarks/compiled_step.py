@@ -3,7 +3,7 @@
     pip install -e ".[test-aot]"            # compiles for TPU
     pip install -e ".[cuda13]"              # compiles for H100, in an environment of its own
     python -m benchmarks.compiled_step [--targets v5p:4x4x4 v6e:8x8 tpu7x:4x4x4 h100:8x8]
-        [--models deepseek_v2_lite deepseek_v3] [--factors 1.0 1.5] [--halves]
+        [--models deepseek_v2_lite deepseek_v3] [--factors 1.0 1.5]
         [--cuda_python=PYTHON]
 
 Each row is compiled in a process of its own, so one that fails is a row that says so. Rows are kept
@@ -29,8 +29,8 @@ Made by `python -m benchmarks.compiled_step`; do not edit. The step that trains
 with embedding and head, rows of 4,096 tokens, bf16, rematerialization `none`, is compiled for
 devices that are not there. `planning/compiled.py` counts what one device does: products and
 collectives, loop bodies as often as they run, kernels as their authors declare. Routing is balanced
-and counted in its first round; further rounds count as nothing. A device has one row (*whole*), or
-two that routed layers take one after the other (*halves*: `training.split_micro_batch`).
+and counted in its first round; further rounds count as nothing. A device has one row, whose tokens
+travel in two parts (`model.moe.exchange_parts`).
 
 - *operations*: compiled, over what the model needs (`planning/operations.py`).
 - *exchange*: bytes that leave a device in all-to-alls, over one copy of each token for each device
@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0, 1.5])
-    parser.add_argument("--halves", action="store_true", help="with training.split_micro_batch")
     parser.add_argument("--cuda_python", default=sys.executable)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a row may take")
     flags = parser.parse_args()
@@ -57,12 +56,11 @@ def main() -> None:
         for model in flags.models:
             for factor in flags.factors:
                 python = flags.cuda_python if target.startswith("h100") else sys.executable
-                split = "halves" if flags.halves else "whole"
-                arguments = [model, target, str(factor), split]
+                arguments = [model, target, str(factor)]
                 row = run([python, "-m", "benchmarks.compile_one", *arguments], flags.timeout)
                 # Read late: two commands may run at once.
                 rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-                rows[f"{target} {model} {factor} {split}"] = row
+                rows[f"{target} {model} {factor}"] = row
                 ordered = dict(sorted(rows.items()))
                 RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
                 PAGE.write_text(page(ordered))
@@ -83,24 +81,24 @@ def run(command: list[str], timeout: float) -> dict:
 
 
 def page(rows: dict[str, dict]) -> str:
-    head = ["target", "model", "factor", "batch", "mesh", "operations", "exchange", "hidden"]
+    head = ["target", "model", "factor", "mesh", "operations", "exchange", "hidden"]
     head += ["memory", "unwanted", "compiled in"]
     lines = [HEAD, _row(head), _row(["---"] * len(head))]
     details = []
     for name, row in rows.items():
-        target, model, factor, split = name.split()
+        target, model, factor = name.split()
         if "error" in row:
-            cells = [target, model, factor, split, row["error"]]
+            cells = [target, model, factor, row["error"]]
             lines.append(_row(cells + [""] * (len(head) - len(cells))))
             continue
         unwanted = [c for c in row["collectives"] if c["unwanted"]]
         lines.append(
             _row(
-                [target, model, factor, split, *_cells(row)]
+                [target, model, factor, *_cells(row)]
                 + [str(len(unwanted) or "none"), _seconds(row)]
             )
         )
-        if (factor, split) == ("1.0", "whole"):
+        if factor == "1.0":
             details += [f"\n## {model} on {target}\n", *_details(row)]
     return "\n".join(lines + details) + "\n"
 

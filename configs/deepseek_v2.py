@@ -50,6 +50,7 @@ def get_config(size: str = "full") -> ConfigDict:
     moe.capacity_factor = 1.0
     moe.capacity_group = 8  # a row for each of the device groups
 
+    moe.exchange_parts = 2
     config.mesh.expert = 8
     config.optimizer.peak_lr = 2.4e-4
     config.optimizer.final_lr = 2.4e-5

@@ -44,6 +44,7 @@ def get_config(size: str = "full") -> ConfigDict:
     moe.sequence_loss_weight = 0.0
     moe.expert_loss_weight = 0.001
 
+    moe.exchange_parts = 2
     config.mesh.expert = 8
     config.optimizer.peak_lr = 4.2e-4
     config.optimizer.final_lr = 4.2e-5

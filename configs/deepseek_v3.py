@@ -40,6 +40,7 @@ def get_config(size: str = "full") -> ConfigDict:
     moe.num_expert_groups = 8
     moe.num_limited_groups = 4
 
+    moe.exchange_parts = 2
     config.mesh.expert = 64
     config.optimizer.peak_lr = 2.2e-4
     config.optimizer.final_lr = 2.2e-5

@@ -110,6 +110,9 @@ class MoEConfig:
     capacity_group: int | None = 1  # rows whose tokens share a capacity; None: a whole micro-batch
     undropped_sequences: float = 0.1  # "device": share of rows that keep all their tokens
     buffer_factor: float = 1.5  # dispatch buffer of one round, in balanced loads
+    # In training, a device's tokens go to their experts and back in so many parts, one after the
+    # other: while one travels, experts work on another.
+    exchange_parts: int = 1
 
 
 # Forms of an operation by platform; the first is what "auto" means.
@@ -213,9 +216,6 @@ class TrainingConfig:
     # latents and the result of attention. "minimal": routing and received tokens as well. "none":
     # the result of every product.
     rematerialization: str = "full"
-    # The decoder's routed layers take each device's rows in two halves: one computes while the
-    # other's tokens travel. For several devices that experts are split over.
-    split_micro_batch: bool = False
     mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
     mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen
     mtp_late_from_tokens: int | None = None
@@ -316,6 +316,7 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     moe.capacity_group = moe.capacity_group and 1
     moe.intermediate_size = 64
     moe.buffer_factor = 2.0
+    moe.exchange_parts = 1
 
     family.mesh = small.mesh
     family.mesh.num_cpu_devices = 8
@@ -395,7 +396,7 @@ def field_names(path: str) -> list[str]:
 
 _BALANCING = (
     *("bias_update_speed", "num_device_groups", "token_dropping", "capacity_factor"),
-    *("capacity_group", "undropped_sequences", "buffer_factor"),
+    *("capacity_group", "undropped_sequences", "buffer_factor", "exchange_parts"),
     *(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_loss_weight")),
 )
 # Fields of config.model by which training balances and computes: no weight depends on them.

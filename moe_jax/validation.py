@@ -158,7 +158,7 @@ def _check_moe(config: Config) -> None:
         1,
         *("model.moe.num_experts", "model.moe.num_experts_per_tok", "model.moe.intermediate_size"),
         *("model.moe.num_expert_groups", "model.moe.num_limited_groups", "model.moe.buffer_factor"),
-        *("model.moe.num_device_groups", "model.moe.capacity_group"),
+        *("model.moe.num_device_groups", "model.moe.capacity_group", "model.moe.exchange_parts"),
     )
     _at_least(
         config,
@@ -268,12 +268,6 @@ def _check_run(config: Config) -> None:
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
-    dropping = config.model.moe.token_dropping
-    _require(
-        not config.training.split_micro_batch or dropping == "none",
-        "config.training.split_micro_batch=True would give each half a capacity of its own; set it "
-        f"to False or config.model.moe.token_dropping={dropping!r} to 'none'",
-    )
     _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
     _at_least(config, 0, "training.mtp_late_from_tokens")
     _at_least(
@@ -349,9 +343,9 @@ def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") 
             f"{config.training.micro_batches}) must be a multiple of the {batch} devices that the "
             "batch is split over (data * fsdp * expert_outer * expert)",
         )
+        tokens, parts = micro // batch * stage.sequence_length, config.model.moe.exchange_parts
         _require(
-            not config.training.split_micro_batch or micro // batch % 2 == 0,
-            "config.training.split_micro_batch=True needs an even number of rows on each device, "
-            f"and config.data.stages[{i}] leaves {micro // batch} of a micro-batch's {micro}; set "
-            "it to False or change config.training.tokens_per_step or micro_batches",
+            tokens % parts == 0,
+            f"config.model.moe.exchange_parts={parts} must divide the {tokens} tokens that each "
+            f"device has of a micro-batch in config.data.stages[{i}]",
         )

@@ -66,7 +66,12 @@ CONFIG = Config(
 
 
 def make_config(
-    rows: int, micro_batches: int, rematerialization: str, depth: int = 0, **mesh: int
+    rows: int,
+    micro_batches: int,
+    rematerialization: str,
+    depth: int = 0,
+    parts: int = 1,
+    **mesh: int,
 ) -> Config:
     """`rows` of each device and micro-batch."""
     training = TrainingConfig(
@@ -77,7 +82,11 @@ def make_config(
     return dataclasses.replace(
         CONFIG,
         mesh=MeshConfig(**{"fsdp": 1, **mesh}),
-        model=dataclasses.replace(CONFIG.model, num_nextn_predict_layers=depth),
+        model=dataclasses.replace(
+            CONFIG.model,
+            num_nextn_predict_layers=depth,
+            moe=dataclasses.replace(CONFIG.model.moe, exchange_parts=parts),
+        ),
         training=training,
     )
 
@@ -128,8 +137,8 @@ def counts_of(config: Config) -> Counts:
     # Of an expert's tiles, in pieces: as many of the largest as its load fills, and so on.
     experts = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
     moe = config.model.moe
-    left = case.tokens * experts * moe.num_experts_per_tok / moe.num_experts
-    trips = {r"further_rounds\)*/while$": 0.0}
+    left = case.tokens // case.parts * experts * moe.num_experts_per_tok / moe.num_experts
+    trips = {r"further_rounds\)*/cond/branch_1_fun/while$": 0.0}
     for size in sorted({int(n) for n in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True):
         trips[f"/pieces_of_{size}/while$"], left = divmod(left, size)
     assert left == 0, "a load that fills whole tiles"
@@ -137,10 +146,10 @@ def counts_of(config: Config) -> Counts:
 
 
 # What plans are held against: each rematerialization once but for `minimal`, micro-batches,
-# prediction ahead, all four axes.
+# prediction ahead, tokens that travel in parts, all four axes.
 HELD = {
     "tiny": tiny(),
-    "none": make_config(2, 2, "none", fsdp=2, expert=4),
+    "none": make_config(2, 2, "none", data=2, expert_outer=2, expert=2),
     "latent": make_config(2, 1, "latent", depth=2, fsdp=2, expert=4),
-    "full": make_config(2, 1, "full", data=2, expert_outer=2, expert=2),
+    "full": make_config(2, 1, "full", parts=2, fsdp=2, expert=4),
 }

@@ -305,16 +305,11 @@ def test_forms_that_the_platform_lacks(
     validation.check_mesh(validation.parse(raw({field: "auto"})), _sizes(), platform)
 
 
-def test_halves_of_a_micro_batch() -> None:
-    fields = {"training.split_micro_batch": True}
-    with pytest.raises(UserError, match="a capacity of its own; set it to False or config.model"):
-        validation.parse(raw({**fields, "model.moe.token_dropping": "expert"}))
-    config = validation.parse(raw(fields))
-    validation.check_mesh(config, _sizes(data=8))
+def test_parts_of_an_exchange() -> None:
+    config = validation.parse(raw({"model.moe.exchange_parts": 3}))
     with pytest.raises(UserError) as error:
-        validation.check_mesh(config, _sizes(data=16))
+        validation.check_mesh(config, _sizes(data=8))
     assert str(error.value) == (
-        "config.training.split_micro_batch=True needs an even number of rows on each device, and "
-        "config.data.stages[1] leaves 1 of a micro-batch's 16; set it to False or change "
-        "config.training.tokens_per_step or micro_batches"
+        "config.model.moe.exchange_parts=3 must divide the 512 tokens that each device has of a "
+        "micro-batch in config.data.stages[0]"
     )

@@ -120,15 +120,20 @@ class MoE(nnx.Module):
                 x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
             )
 
-        routed, stats = jax.shard_map(
+        # What comes through a barrier is ready before anything goes on. With one at either end,
+        # shared experts run while tokens travel, forward and backward.
+        x_BLD, shared_BLD = jax.lax.optimization_barrier((x_BLD, x_BLD))
+        routed_BLD, stats = jax.shard_map(
             region,
             in_specs=(BATCH, BATCH, router_spec, P(), expert_specs, P()),
             out_specs=(BATCH, P()),
         )(x_BLD, valid_BL, router_weight, bias, experts, placement)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                routed += self.shared(x_BLD)
-        return routed, stats
+                shared_BLD = self.shared(shared_BLD)
+                routed_BLD, shared_BLD = jax.lax.optimization_barrier((routed_BLD, shared_BLD))
+                routed_BLD += shared_BLD
+        return routed_BLD, stats
 
     def _route_and_apply(
         self, x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
@@ -184,6 +189,7 @@ class MoE(nnx.Module):
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
                 backends=choose(self.model, self.dtype),
+                parts=config.exchange_parts if training else 1,
             )
         dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
         load_E, share_E, z, sequence_losses, dropped = jax.lax.psum(

@@ -36,8 +36,8 @@ def _keep(primitives: tuple[str, ...], names: tuple[str, ...]) -> Callable[..., 
 # What a layer keeps for its backward pass besides its input, by name. Gathered weights are never
 # kept: those of all layers would stand in memory at once.
 REMATERIALIZATION = {
-    "none": _keep(PRODUCTS + ROUTED, ("latent", "attention", "expert_gate_up")),
-    "minimal": _keep(ROUTED, ("latent", "attention")),
+    "none": _keep(PRODUCTS + ROUTED, ("latent", "attention", "slots", "expert_gate_up")),
+    "minimal": _keep(ROUTED, ("latent", "attention", "slots")),
     "latent": _keep((), ("latent", "attention")),
     "full": _keep((), ()),
 }

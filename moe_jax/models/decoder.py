@@ -10,7 +10,6 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
 from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.moe import RouterBias, RoutingStats
-from moe_jax.models import halves
 from moe_jax.models.block import Block, Context, make_context, scan, stack
 from moe_jax.models.multi_token_prediction import Ahead, PredictionModule, reaches, shifted
 from moe_jax.ops.cross_entropy import projected_cross_entropy
@@ -31,7 +30,6 @@ class Decoder(nnx.Module):
         precision: PrecisionConfig,
         *,
         rematerialization: str = "none",
-        split_micro_batch: bool = False,
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(precision.compute_dtype)
@@ -40,7 +38,6 @@ class Decoder(nnx.Module):
         routed = config.num_hidden_layers - dense
         self.config = config
         self.rematerialization = rematerialization
-        self.split_micro_batch = split_micro_batch
         self.embedding = Embedding(
             config.vocab_size, dim, initializer=initializer, dtype=dtype, rngs=rngs
         )
@@ -86,18 +83,7 @@ class Decoder(nnx.Module):
         with jax.named_scope("dense_layers"):
             x, _ = self._scan(self.dense_blocks, x, context)
         with jax.named_scope("moe_layers"):
-            if training and self.split_micro_batch and self.moe_blocks is not None:
-                contexts = halves.split_context(context)
-                x, stats = scan(
-                    self.moe_blocks,
-                    lambda block, x, _: halves.apply(block, x, contexts),
-                    halves.split(x),
-                    None,
-                    self.rematerialization,
-                )
-                x = halves.join(x)
-            else:
-                x, stats = self._scan(self.moe_blocks, x, context)
+            x, stats = self._scan(self.moe_blocks, x, context)
         return self.norm(x), stats
 
     def predict_ahead(

@@ -78,6 +78,7 @@ def apply_experts(
     all_axes: tuple[str, ...],
     combine_dtype: jnp.dtype,
     backends: Backends,
+    parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """sum_k weights[t, k] * expert[expert_ids[t, k]](x[t]) for the tokens of this device.
 
@@ -92,6 +93,7 @@ def apply_experts(
       axes: the mesh axes that experts are split over, the slowest first.
       all_axes: all mesh axes of the region, which agree on the number of rounds.
       combine_dtype: of results on their way back; a round's sums are float32 before.
+      parts: that the tokens are cut in, equally. While one travels, experts work on another.
     Returns:
       [tokens, model dim] `combine_dtype`; [] int32, how often the products ran.
     """
@@ -103,38 +105,99 @@ def apply_experts(
     axis, *inner_axes = axes
     devices = jax.lax.axis_size(axis)
     num_experts = len(experts.down_EFD) * jax.lax.axis_size(tuple(inner_axes))
+    balanced = balanced._replace(tokens=balanced.tokens // parts)
     capacity = balanced.rows(num_experts)
-    routing = exchange.plan(
-        _destinations(expert_ids_TK, num_experts, devices), axis, backends.exchange
-    )
-    rounds = jax.lax.pmax(routing.rounds(capacity), all_axes)
+    ids = jnp.split(expert_ids_TK, parts)
+    plans = [
+        exchange.plan(_destinations(ids_TK, num_experts, devices), axis, backends.exchange)
+        for ids_TK in ids
+    ]
+    rounds = jnp.max(jnp.stack([plan.rounds(capacity) for plan in plans]))
+    rounds = jax.lax.pmax(rounds, all_axes)
 
     def one_round(number, inputs, routing):
         x_TD, weights_TK, experts = inputs
-        expert_ids_TK, routing = routing
-        slot_of_TK, num_slots, there, back = routing.one_round(number, capacity, axis)
-        token_of_slot_S = slots.choice_of_slot(slot_of_TK, num_slots) // expert_ids_TK.shape[1]
+
+        def apply(x_RD, choices):
+            ids_RK, gates_RK = jnp.split(choices, 2, axis=1)
+            return apply_experts(
+                x_RD,
+                gates_RK,
+                ids_RK.astype(jnp.int32) - 1 - jax.lax.axis_index(axis) * num_experts,
+                experts,
+                balanced._replace(tokens=balanced.tokens * devices),
+                axes=tuple(inner_axes),
+                all_axes=all_axes,
+                combine_dtype=combine_dtype,
+                backends=backends,
+            )
+
+        tokens = zip(jnp.split(x_TD, parts), jnp.split(weights_TK, parts), *routing, strict=True)
+        journeys = [
+            _Journey.of(x_TD, weights_TK, ids_TK, plan.one_round(number, capacity, axis))
+            for x_TD, weights_TK, ids_TK, plan in tokens
+        ]
+        y_TD, passes = _in_turn(journeys, apply)
+        return jnp.concatenate(y_TD), jnp.max(jnp.stack(passes))
+
+    inputs, routing = (x_TD, weights_TK, experts), (ids, plans)
+    return _sum_rounds(one_round, rounds, inputs, routing, all_axes)
+
+
+class _Journey(NamedTuple):
+    """Tokens on their way to the devices of their experts and back.
+
+    sent: rows [S, D], and the ids and gate weights of their choices.
+    """
+
+    sent: tuple[jax.Array, jax.Array]
+    token_of_slot_S: jax.Array
+    round: exchange.Round
+
+    @classmethod
+    def of(cls, x_TD, weights_TK, expert_ids_TK, round: exchange.Round) -> "_Journey":
+        token_of_slot_S = slots.choice_of_slot(round.slot_of_TK, round.num_slots)
+        token_of_slot_S //= expert_ids_TK.shape[1]
         # One message, of float32, which is exact for ids; 0 is none, as where nothing comes.
         ids_SK = slots.take(expert_ids_TK + 1, token_of_slot_S)
-        gates_SK = slots.to_slots(weights_TK, token_of_slot_S, slot_of_TK)
-        choices = there(jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1))
-        ids_RK, gates_RK = jnp.split(choices, 2, axis=1)
-        ids_RK = ids_RK.astype(jnp.int32) - 1 - jax.lax.axis_index(axis) * num_experts
-        y_RD, passes = apply_experts(
-            there(slots.to_slots(x_TD, token_of_slot_S, slot_of_TK)),
-            gates_RK,
-            ids_RK,
-            experts,
-            balanced._replace(tokens=balanced.tokens * devices),
-            axes=tuple(inner_axes),
-            all_axes=all_axes,
-            combine_dtype=combine_dtype,
-            backends=backends,
-        )
-        return slots.from_slots(back(y_RD), token_of_slot_S, slot_of_TK), passes
+        gates_SK = slots.to_slots(weights_TK, token_of_slot_S, round.slot_of_TK)
+        choices = jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1)
+        x_SD = slots.to_slots(x_TD, token_of_slot_S, round.slot_of_TK)
+        return cls((x_SD, choices), token_of_slot_S, round)
 
-    inputs, routing = (x_TD, weights_TK, experts), (expert_ids_TK, routing)
-    return _sum_rounds(one_round, rounds, inputs, routing, all_axes)
+    def there(self, sent: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return self.round.there(sent[0]), self.round.there(sent[1])
+
+    def summed(self, y_SD: jax.Array) -> jax.Array:
+        return slots.from_slots(y_SD, self.token_of_slot_S, self.round.slot_of_TK)
+
+
+def _in_turn(
+    journeys: list[_Journey], apply: Callable[..., tuple[jax.Array, jax.Array]]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Results [T, D] of each journey, and what else `apply` gives of each.
+
+    Time goes in steps: experts work on the tokens of one journey, while those of the next come and
+    results of the last go back. Barriers end a step, in the backward pass as well; a scheduler that
+    is left to itself has exchanges wait for each other, with nothing beside them.
+    """
+    arrived, applied, returned, passes = journeys[0].there(journeys[0].sent), None, [], []
+    for i in range(len(journeys)):
+        following = journeys[i + 1] if i + 1 < len(journeys) else None
+        sent = following.sent if following else None
+        arrived, sent, applied, returned = jax.lax.optimization_barrier(
+            (arrived, sent, applied, returned)
+        )
+        working, number = apply(*arrived)
+        passes.append(number)
+        if following:
+            arrived = following.there(sent)
+        if applied is not None:
+            returned.append(journeys[i - 1].round.back(applied))
+        applied = working
+    applied, returned = jax.lax.optimization_barrier((applied, returned))
+    returned.append(journeys[-1].round.back(applied))
+    return [j.summed(y_SD) for j, y_SD in zip(journeys, returned, strict=True)], passes
 
 
 def _apply_here(
@@ -198,9 +261,13 @@ def _sum_rounds(
             number, total = carry
             return number + 1, jax.tree.map(jnp.add, total, function(number))
 
-        start = jnp.ones_like(rounds), first
+        def further(start):
+            return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)
+
+        # To a scheduler a loop is work, beside which it would set an exchange and nothing else.
         with jax.named_scope("further_rounds"):
-            return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+            start = jnp.ones_like(rounds), first
+            return jax.lax.cond(rounds > 1, further, lambda start: start, start)[1]
 
     # Loops hold narrow experts and widen them inside, where that costs nothing.
     def with_experts(inputs, dtype):

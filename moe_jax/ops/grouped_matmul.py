@@ -87,7 +87,8 @@ def make_tiles(expert_ids_TK: jax.Array, num_experts: int, size: int) -> Tiles:
     first_E = jnp.cumsum(count_E) - count_E
     here = (ids >= 0) & (ids < num_experts)
     slot = first_E[jnp.where(here, ids, 0)] * size + rank
-    return Tiles(jnp.where(here, slot, -1).reshape(expert_ids_TK.shape), first_E, count_E)
+    slot_of_TK = jnp.where(here, slot, -1).reshape(expert_ids_TK.shape)
+    return Tiles(checkpoint_name(slot_of_TK, "slots"), first_E, count_E)
 
 
 def swiglu_experts(

@@ -6,6 +6,7 @@ same without groups.
 Shapes: T tokens, E experts, G expert groups, K chosen experts per token.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -64,5 +65,7 @@ def route(scores_TE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
 
 def expert_load(expert_ids_TK: jax.Array, num_experts: int) -> jax.Array:
     """How many tokens chose each expert: [experts] int32; ids out of range count nowhere."""
-    chosen = expert_ids_TK.reshape(-1, 1) == jnp.arange(num_experts)
-    return jnp.sum(chosen, axis=0, dtype=jnp.int32)
+    ids_KN = jnp.moveaxis(expert_ids_TK, -1, 0).reshape(expert_ids_TK.shape[-1], -1)
+    # One choice after the other, so that no array of choices times experts is written.
+    chosen_NE = ((ids_N[:, None] == jnp.arange(num_experts)).astype(jnp.int32) for ids_N in ids_KN)
+    return jnp.sum(functools.reduce(jnp.add, chosen_NE), axis=0)

@@ -77,6 +77,12 @@ class Case:
         return self.config.training.micro_batches
 
     @property
+    def parts(self) -> int:
+        """In which a micro-batch's tokens travel to their experts."""
+        split = self.sizes["expert_outer"] * self.sizes["expert"] > 1
+        return self.config.model.moe.exchange_parts if split else 1
+
+    @property
     def compute_bytes(self) -> int:
         """Of an activation, and of a weight on its way to a product."""
         return jnp.dtype(self.config.precision.compute_dtype).itemsize

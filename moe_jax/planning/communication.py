@@ -124,8 +124,8 @@ def rows_by_axis(case: Case) -> dict[str, float]:
     The padded exchange sends whole buffers, which hold `buffer_factor` times a balanced load.
     """
     moe, sizes = case.config.model.moe, [case.sizes[axis] for axis in EXPERT_AXES]
-    rows = _rows(moe, case.tokens, sizes, padded=_is_padded(case))
-    return dict(zip(EXPERT_AXES, rows, strict=True))
+    rows = _rows(moe, case.tokens // case.parts, sizes, padded=_is_padded(case))
+    return {axis: n * case.parts for axis, n in zip(EXPERT_AXES, rows, strict=True)}
 
 
 def _is_padded(case: Case) -> bool:
@@ -174,19 +174,21 @@ def buffer_rows(case: Case) -> list[float]:
     This device's own are among them.
     """
     sizes = [case.sizes[axis] for axis in EXPERT_AXES]
-    rows = _rows(case.config.model.moe, case.tokens, sizes, padded=True)
-    return [n * size / (size - 1) for n, size in zip(rows, sizes, strict=True) if size > 1]
+    rows = _rows(case.config.model.moe, case.tokens // case.parts, sizes, padded=True)
+    return [
+        n * case.parts * size / (size - 1) for n, size in zip(rows, sizes, strict=True) if size > 1
+    ]
 
 
-def returned_rows(case: Case) -> float:
-    """Slots of the rows that come back to a device, along all of these axes."""
+def returned_rows(case: Case) -> list[float]:
+    """Slots of the rows that come back to a device, along each of these axes."""
     rows = buffer_rows(case)
     if _is_padded(case):
-        return sum(rows)
+        return rows
     # As many as each row that is sent on could have, whatever the routing.
     sizes = [case.sizes[axis] for axis in EXPERT_AXES if case.sizes[axis] > 1]
     top_k = case.config.model.moe.num_experts_per_tok
-    return sum(n * min(top_k, size) for n, size in zip([case.tokens, *rows], sizes, strict=False))
+    return [n * min(top_k, size) for n, size in zip([case.tokens, *rows], sizes, strict=False)]
 
 
 def _balanced(moe: MoEConfig, tokens: int) -> Balanced:

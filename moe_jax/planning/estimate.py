@@ -1,9 +1,10 @@
 """How long a train step takes, as a roofline; what a run costs.
 
 Products run at the rate of a device's units or of its memory, whichever takes longer. Gathers of
-weights and sums of gradients hide under them as far as they last; tokens on their way to experts
-hide only with `training.split_micro_batch`, where one half computes while the other travels. Rates
-are the makers' times the shares below, which are assumptions and may be set.
+weights and sums of gradients hide under them as far as they last. Tokens on their way to experts
+hide under the experts' products alone, and of the parts in which they travel one never does
+(`model.moe.exchange_parts`). Rates are the makers' times the shares below, which are assumptions
+and may be set.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from moe_jax.planning.operations import (
 from moe_jax.planning.weights import Weight
 
 # What AdamW reads and writes of each parameter: it, two moments and its gradient; the first three.
+EXPERTS = ("routed", "shared")
 OPTIMIZER_BYTES = 7 * FLOAT32
 
 
@@ -59,7 +61,7 @@ class Step:
     transfers: list[tuple[Transfer, float]]
     needed: float
     rate: float
-    split: bool
+    exchange_parts: int
 
     @property
     def busy(self) -> float:
@@ -74,10 +76,16 @@ class Step:
         return sum(seconds for _, seconds in self.transfers)
 
     @property
+    def hidden_exchange(self) -> float:
+        """Of its seconds, those under experts' products."""
+        experts = sum(self.parts[name].seconds for name in EXPERTS if name in self.parts)
+        return min(self.exchange * (1 - 1 / self.exchange_parts), experts)
+
+    @property
     def waiting(self) -> float:
         """For links, at best."""
-        waits = 0.0 if self.split else self.exchange
-        return waits + max(0.0, self.communication - waits - self.busy)
+        others, room = self.communication - self.exchange, self.busy - self.hidden_exchange
+        return self.exchange - self.hidden_exchange + max(0.0, others - room)
 
     @property
     def seconds(self) -> float:
@@ -110,7 +118,7 @@ def step(
         group: 3 * number for group, number in forward_operations(model, parameters, length).items()
     }
     again = recomputed_operations(
-        model, case.weights, length, config.training.rematerialization, case.platform
+        model, case.weights, length, config.training.rematerialization, case.platform, case.parts
     )
     for group, number in again.items():
         operations[group] = operations.get(group, 0.0) + number
@@ -129,7 +137,7 @@ def step(
         for t in communication.transfers(case)
     ]
     needed = training_operations(model, parameters, length) * tokens
-    return Step(tokens, parts, timed, needed, rate, config.training.split_micro_batch)
+    return Step(tokens, parts, timed, needed, rate, case.parts)
 
 
 def attended(case: Case, document: int | None) -> int:

@@ -51,7 +51,7 @@ def of_model(case: Case, question: Question) -> dict[str, Any]:
     parameters, length = count(case.weights, model), attended(case, question.document)
     forward = forward_operations(model, parameters, length)
     again = recomputed_operations(
-        model, case.weights, length, config.training.rematerialization, case.platform
+        model, case.weights, length, config.training.rematerialization, case.platform, case.parts
     )
     return {
         "parameters": {
@@ -93,7 +93,7 @@ def of_run(case: Case, topology: Topology, question: Question) -> dict[str, Any]
         "communication_per_step": _communication(case, topology, its_step),
         "seconds_by_part": _seconds_by_part(its_step),
         "waiting_seconds": its_step.waiting,
-        "exchange_seconds": its_step.exchange,
+        "waiting_for_exchange_seconds": its_step.exchange - its_step.hidden_exchange,
         "step_seconds": its_step.seconds,
         "tokens_per_second_per_device": its_step.tokens_per_second,
         "mfu": its_step.mfu,
@@ -134,7 +134,7 @@ def _batch(case: Case) -> dict[str, Any]:
         "rows_per_device": case.rows,
         "sequence_length": case.length,
         "rematerialization": training.rematerialization,
-        "split_micro_batch": training.split_micro_batch,
+        "exchange_parts": case.parts,
     }
 
 

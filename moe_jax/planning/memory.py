@@ -68,7 +68,7 @@ def kept_activations(case: Case) -> float:
     of_module = kept_by_layer(case, routed_stack, policy)
     if policy in ("none", "minimal"):
         of_module += stream * (case.sizes["fsdp"] > 1)
-        returned = returned_rows(case) if routed_stack else 0.0
+        returned = sum(returned_rows(case)) if routed_stack else 0.0
         of_module += returned * case.config.model.hidden_size * case.combine_bytes
     if policy == "none":
         last = not routed_stack or case.config.model.moe.num_shared_experts > 0
@@ -129,8 +129,12 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
     }
     if routed:
         top_k, slots = moe.num_experts_per_tok, expert_slots(case)
-        items["routing"] = (tokens * top_k + slots) * INT32
+        items["routing"] = ((tokens + _rows_here(case)) * top_k + slots) * INT32
         items["exchange"] = sum(buffer_rows(case)) * (dim * size + 2 * top_k * FLOAT32)
+        if len(returned := returned_rows(case)) == 2:
+            # A barrier holds a part's results together with the next part's rows.
+            tied = returned[1] * (case.parts - 1) / case.parts
+            items["exchange"] += tied * dim * case.combine_bytes
         items["experts"] = slots * 2 * moe.intermediate_size * size
         shared = moe.num_shared_experts * moe.intermediate_size
         products += 2 * shared * size + moe.num_experts * FLOAT32
@@ -141,13 +145,18 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
 
 def expert_slots(case: Case) -> int:
     """Rows of all tiles of this device's experts (`ops/dispatch.py`)."""
-    moe, devices = case.config.model.moe, sharding.num_shards(dict(case.sizes), EXPERT_AXES)
-    here, rows = moe.num_experts // devices, (buffer_rows(case) or [case.tokens])[-1]
-    load = case.tokens * devices * moe.num_experts_per_tok / moe.num_experts
+    moe, devices = case.config.model.moe, sharding.num_shards(case.sizes, EXPERT_AXES)
+    here, rows = moe.num_experts // devices, _rows_here(case) // case.parts
+    load = case.tokens // case.parts * devices * moe.num_experts_per_tok / moe.num_experts
     tile = tile_size(load, _backend(case))
-    choices = int(rows) * moe.num_experts_per_tok
-    most = choices // tile + min(choices, here)
-    return tile * min(most, math.ceil(moe.buffer_factor * here * load / tile) + here)
+    most = rows * moe.num_experts_per_tok // tile + min(rows * moe.num_experts_per_tok, here)
+    tiles = min(most, math.ceil(moe.buffer_factor * here * load / tile) + here)
+    return case.parts * tile * tiles
+
+
+def _rows_here(case: Case) -> int:
+    """That have come to the device's experts, or are there."""
+    return round((buffer_rows(case) or [case.tokens])[-1])
 
 
 def _backend(case: Case) -> str:

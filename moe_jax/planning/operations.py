@@ -128,6 +128,7 @@ def recomputed_operations(
     length: float,
     rematerialization: str,
     platform: str,
+    parts: int = 1,
 ) -> dict[str, float]:
     """Operations of a token that the backward pass repeats, by group.
 
@@ -135,6 +136,11 @@ def recomputed_operations(
     kept or that no gradient asks for: the last of a feed-forward part, whose result only enters
     the stream, save where a module that predicts ahead ends in a norm. `latent` and `minimal` keep
     MLA's latents and the result of attention (docs/rematerialization.md).
+
+    Args:
+      parts: in which tokens travel to their experts (`model.moe.exchange_parts`). The barrier behind
+        a part holds its results together with the next part's rows, so all but the last part's
+        results are computed again.
     """
     of_query, of_value = score_operations(config, length)
     query_again, value_again = ATTENTION_AGAIN[platform]
@@ -148,9 +154,12 @@ def recomputed_operations(
         return again
     kept = set() if rematerialization == "full" else {"query_down", "kv_down"}
     for weight in weights:
-        spared = kept if weight.stack == "mtp" else kept | {"down"}
-        if weight.stack and weight.group != "other" and not spared & set(weight.path):
-            group = "mtp" if weight.stack == "mtp" else weight.group
-            size = _chosen(weight.size, config) if weight.group == "routed" else weight.size
-            again[group] = again.get(group, 0.0) + 2.0 * size
+        group, share = weight.group, 1.0
+        if weight.stack is None or group == "other" or kept & set(weight.path):
+            continue
+        if "down" in weight.path and weight.stack != "mtp":
+            share = 1 - 1 / parts if group == "routed" else 0.0
+        size = _chosen(weight.size, config) if group == "routed" else weight.size
+        group = "mtp" if weight.stack == "mtp" else group
+        again[group] = again.get(group, 0.0) + 2.0 * share * size
     return again

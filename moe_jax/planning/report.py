@@ -115,9 +115,9 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"  {'waiting for links':<22}{_seconds(waiting):>12}" + (
             f"{waiting / plan['step_seconds']:>8.1%}"
         )
-    if waiting and plan["exchange_seconds"] and not plan["batch"]["split_micro_batch"]:
-        exchange = _seconds(plan["exchange_seconds"])
-        yield f"            {exchange} for tokens, which training.split_micro_batch may hide"
+    if exchange := plan["waiting_for_exchange_seconds"]:
+        parts = plan["batch"]["exchange_parts"]
+        yield f"            {_seconds(exchange)} for tokens; model.moe.exchange_parts={parts}"
     yield (
         f"rates       {rates['operations'] / 1e12:,.4g} TFLOP/s x {shares['products']:g}, memory "
         f"{rates['memory'] / 1e9:,.4g} GB/s x {shares['memory']:g},"

@@ -35,7 +35,6 @@ def make_model(config: Config) -> Decoder:
         config.model,
         config.precision,
         rematerialization=config.training.rematerialization,
-        split_micro_batch=config.training.split_micro_batch,
         rngs=nnx.Rngs(config.seed),
     )
 

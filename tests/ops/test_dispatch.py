@@ -99,6 +99,7 @@ def _compiled(
     experts: int = EXPERTS,
     dtype: str = "float32",
     exchange: str = "padded",
+    parts: int = 1,
 ):
     """A function (inputs, ids, direction) -> result, rounds, gradients on a mesh, compiled once."""
     sizes = dict(mesh_items)
@@ -116,6 +117,7 @@ def _compiled(
             all_axes=BATCH_AXES,
             combine_dtype=jnp.dtype(dtype),
             backends=Backends(exchange=exchange),
+            parts=parts,
         )
         return y, rounds
 
@@ -237,6 +239,23 @@ def test_ragged_exchange_equals_reference(mesh: dict[str, int], factor: float) -
     for ids in ROUTINGS.values():
         inputs = _inputs()
         assert _check(ragged, inputs, ids) <= padded(inputs, ids, np.zeros_like(inputs.x))[1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "factor", "exchange", "parts"),
+    [
+        ({"expert": 4}, 1.0, "padded", 2),
+        ({"expert": 2}, 1e-6, "ragged", 4),
+        ({"fsdp": 2, "expert_outer": 2, "expert": 2}, 1.0, "padded", 2),
+    ],
+    ids=str,
+)
+def test_tokens_in_parts(mesh: dict[str, int], factor: float, exchange: str, parts: int) -> None:
+    run = _compiled(tuple(mesh.items()), factor, exchange=exchange, parts=parts)
+    rounds = {name: _check(run, _inputs(), ids) for name, ids in ROUTINGS.items()}
+    assert rounds["padding alone"] == 1
+    if factor < 1:  # one token of each part and device at a time
+        assert rounds["one expert"] == TOKENS // _devices(mesh) // parts
 
 
 def test_ragged_buffers_are_shared_by_all_sources() -> None:

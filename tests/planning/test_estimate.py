@@ -62,8 +62,12 @@ def test_what_waits_for_links() -> None:
     assert slow.exchange > slow.busy
     # All that travels takes its time, but for what hides under products.
     assert slow.seconds == pytest.approx(max(slow.communication, slow.busy + slow.exchange))
-    split = dataclasses.replace(slow, split=True)
-    assert split.seconds == pytest.approx(max(slow.communication, slow.busy))
+    # In two parts, one travels while experts work on the other.
+    ample = step(planned, topology(fast_links=1e11), FULL)
+    experts = sum(ample.parts[name].seconds for name in ("routed", "shared"))
+    halved = dataclasses.replace(ample, exchange_parts=2)
+    assert halved.hidden_exchange == pytest.approx(min(ample.exchange / 2, experts)) != 0
+    assert halved.seconds < ample.seconds
     between = dataclasses.replace(quick, transfers=slow.transfers[:0])
     assert isinstance(between, Step) and between.waiting == 0
 

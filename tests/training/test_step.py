@@ -54,9 +54,9 @@ def test_however_it_is_cut_and_spread_the_update_is_the_same(
 
 
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "expert": 2}], ids=str)
-def test_halves_of_a_micro_batch_make_the_same_update(axes: dict[str, int]) -> None:
-    training = dataclasses.replace(CONFIG.training, split_micro_batch=True)
-    config = dataclasses.replace(CONFIG, training=training)
+def test_tokens_that_travel_in_parts_make_the_same_update(axes: dict[str, int]) -> None:
+    moe = dataclasses.replace(CONFIG.model.moe, exchange_parts=2)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
     state, metrics = run(make_state(), make_batch(), "full", config, **axes)
     expected_state, expected_metrics = reference()
     assert_close(state, expected_state)
