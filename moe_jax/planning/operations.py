@@ -138,9 +138,9 @@ def recomputed_operations(
     MLA's latents and the result of attention (docs/rematerialization.md).
 
     Args:
-      parts: in which tokens travel to their experts (`model.moe.exchange_parts`). The barrier behind
-        a part holds its results together with the next part's rows, so all but the last part's
-        results are computed again.
+      parts: in which tokens travel to their experts (`model.moe.exchange_parts`). The barrier
+        behind a part holds its results together with the next part's rows, so that the results of
+        all but the last part are computed again.
     """
     of_query, of_value = score_operations(config, length)
     query_again, value_again = ATTENTION_AGAIN[platform]
