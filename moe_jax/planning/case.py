@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 
 from moe_jax import sharding, validation
-from moe_jax.config import MESH_AXES, Config
+from moe_jax.config import MESH_AXES, Config, MeshConfig
 from moe_jax.planning.weights import Weight, weights_of
 from moe_jax.sharding import BATCH_AXES
 
@@ -31,14 +31,15 @@ class Case:
         Raises:
           UserError: the mesh does not fit the devices, or the batch or the experts the mesh.
         """
-        case = dataclasses.replace(cls.without_mesh(config), devices=devices, platform=platform)
+        case = cls(config, devices, platform, tuple(weights_of(config.model)))
         validation.check_mesh(config, case.sizes, platform)
         return case
 
     @classmethod
     def without_mesh(cls, config: Config) -> "Case":
-        """For what no mesh changes."""
-        return cls(config, 1, "cpu", tuple(weights_of(config.model)))
+        """On one device, for what no mesh changes."""
+        alone = dataclasses.replace(config, mesh=MeshConfig())
+        return cls(alone, 1, "cpu", tuple(weights_of(config.model)))
 
     def with_config(self, config: Config) -> "Case":
         """Another mesh or training of the same model."""
