@@ -7,30 +7,26 @@ as a line of JSON.
 import importlib
 import json
 import math
-import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import platform, sharding, validation
+from moe_jax import sharding, validation
 from moe_jax.config import MESH_AXES, Config
-from moe_jax.ops import attention_gpu
-from moe_jax.planning import topologies
+from moe_jax.planning import compiled_step, topologies
 from moe_jax.planning.communication import exchanged_rows
-from moe_jax.planning.compiled import Collective, Counts, Kernel, Walk
-from moe_jax.planning.hlo import Array
+from moe_jax.planning.compiled import Collective, Counts
 from moe_jax.planning.machines import of_device_kind
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.planning.overlap import overlaps
-from moe_jax.training.loop import abstract_state
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.training import ahead_of_time
 
 LENGTH = 4096
+LENGTHS = {("deepseek_v3", "v6e:8x8"): 2048}  # the memory of a v6e chip holds no more
 DENSE_LAYERS, ROUTED_LAYERS = 1, 2
 # The mesh by model and target; the other devices are fsdp's. Each device has one row.
 MESHES = {
@@ -42,7 +38,7 @@ MESHES = {
     },
     "deepseek_v3": {
         "v5p:4x4x4": {"expert": 16},
-        "v6e:8x8": {"expert": 8},
+        "v6e:8x8": {"expert": 16},
         "tpu7x:4x4x4": {"expert": 16},
         "h100:8x8": {"expert_outer": 8, "expert": 8},
     },
@@ -58,8 +54,9 @@ def make_config(model: str, target: str, buffer_factor: float, num_devices: int)
     raw.model.moe.buffer_factor = buffer_factor
     raw.mesh.update({axis: 1 for axis in MESH_AXES} | {"fsdp": -1} | MESHES[model][target])
     raw.data.num_streams = num_devices
-    raw.data.stages = ({"sequence_length": LENGTH, "tokens": None},)
-    raw.training.tokens_per_step = num_devices * LENGTH
+    length = LENGTHS.get((model, target), LENGTH)
+    raw.data.stages = ({"sequence_length": length, "tokens": None},)
+    raw.training.tokens_per_step = num_devices * length
     raw.training.micro_batches = 1
     raw.training.rematerialization = "none"
     return validation.parse(raw)
@@ -67,63 +64,42 @@ def make_config(model: str, target: str, buffer_factor: float, num_devices: int)
 
 def main() -> None:
     model, target, buffer_factor = sys.argv[1:4]
-    topologies.prepare()
-    for variable, flags in platform.FLAGS.values():  # as for those who train
-        given = os.environ.get(variable, "")
-        os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
+    ahead_of_time.prepare()
     devices = topologies.devices(target)
     config = make_config(model, target, float(buffer_factor), len(devices))
-    mesh = sharding.make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh):
-        state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
-        shape = (1, len(devices), LENGTH)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                shape,
-                jnp.float32 if name == "loss_weights" else jnp.int32,
-                sharding=sharding.batch_sharding(mesh),
-            )
-            for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
-        }
-        begin = time.perf_counter()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - begin
-    text = compiled.as_text()
+    step = ahead_of_time.compile_step(config, devices)
     if len(sys.argv) > 4:
-        Path(sys.argv[4]).write_text(text)
-    memory = compiled.memory_analysis()
+        Path(sys.argv[4]).write_text(step.text)
     facts = {
         "device": devices[0].device_kind,
         "jax": jax.__version__,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "seconds": seconds,
-        "state_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
+        "mesh": {axis: size for axis, size in step.mesh.shape.items() if size > 1},
+        "seconds": step.seconds,
+        "state_bytes": step.state_bytes,
+        "temporary_bytes": step.temporary_bytes,
     }
-    print(json.dumps(facts | count(text, config, mesh, state)))
+    print(json.dumps(facts | count(step, config)))
 
 
-def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any) -> dict:
+def count(step: compiled_step.CompiledStep, config: Config) -> dict:
     """What one device does, and what it would have to."""
-    kind = mesh.devices.flat[0].device_kind
-    machine = of_device_kind(kind)
-    assert machine is not None, f"{kind} is not in machines.toml"
-    # Programs for GPU do not carry what a kernel's author declares.
-    walk = Walk(text, expected_trips(text, config, mesh), GPU_KERNELS if "NVIDIA" in kind else None)
+    walk = compiled_step.walk(step, config)
     counts = walk.counts()
-    parameters = count_parameters(state["parameters"], state["router_bias"], config.model)
-    needed = training_operations(config.model, parameters, LENGTH) * LENGTH
+    machine = of_device_kind(step.mesh.devices.flat[0].device_kind)
+    assert machine is not None
+    parameters = count_parameters(step.state["parameters"], step.state["router_bias"], config.model)
+    length = config.data.stages[-1].sequence_length
+    needed = training_operations(config.model, parameters, length) * length
     exchanges = [c for c in counts.collectives if is_exchange(c)]
     of_exchanges = [
         o for o in overlaps(walk, machine) if is_exchange(o.collective) and o.collective.times
     ]
-    largest = largest_part(state["parameters"])
+    largest = largest_part(step.state["parameters"])
     return {
         "operations": counts.operations,
         "needed_operations": needed,
         "exchange_bytes": sum(c.bytes * c.times for c in exchanges),
-        "needed_exchange_bytes": needed_exchange(config, mesh),
+        "needed_exchange_bytes": needed_exchange(config, step.mesh),
         "exchange_seconds": sum(o.seconds * o.collective.times for o in of_exchanges),
         "hidden_seconds": sum(o.share * o.seconds * o.collective.times for o in of_exchanges),
         "collectives": [
@@ -136,58 +112,10 @@ def count(text: str, config: Config, mesh: jax.sharding.Mesh, state: Any) -> dic
     }
 
 
-def expected_trips(text: str, config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Of the portable loops over experts, by op_name: every expert with the same load."""
-    trips: dict[str, float] = {r"further_rounds\)*/cond/branch_1_fun/while$": 0}
-    moe = config.model.moe
-    devices = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
-    sizes = sorted({int(size) for size in re.findall(r"/pieces_of_(\d+)/", text)}, reverse=True)
-    if sizes:
-        load = LENGTH * devices * moe.num_experts_per_tok / moe.num_experts
-        left = math.ceil(load / sizes[-1]) * sizes[-1]
-        for size in sizes:
-            trips[f"/pieces_of_{size}/while$"], left = divmod(left, size)
-    return trips
-
-
-def grouped_matmul(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
-    """Rows, padded ones too, times an expert's weight."""
-    rows, width = results[0].dims
-    inner = next(x.dims[1] for x in operands if len(x.dims) == 2 and x.dims[0] == rows)
-    return 2.0 * rows * inner * width
-
-
-def grouped_matmul_weights(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
-    """The same rows, summed over."""
-    rows = next(x.dims[0] for x in operands if len(x.dims) == 2)
-    return 2.0 * rows * math.prod(results[0].dims[1:])
-
-
-def attention_kernel(of_queries: int, of_values: int) -> Kernel:
-    """So many products over the dim of queries, and of values, of the blocks causality leaves."""
-
-    def operations(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
-        query, _, value = [x.dims for x in operands if len(x.dims) == 4][:3]
-        rows, length, heads, width = query
-        pairs = rows * heads * length * (length + attention_gpu.BLOCK) / 2
-        return 2.0 * pairs * (of_queries * width + of_values * value[3])
-
-    return operations
-
-
-GPU_KERNELS: dict[str, Kernel] = {
-    "grouped_matmul_weights": grouped_matmul_weights,
-    "grouped_matmul": grouped_matmul,
-    "attention_backward_dq": attention_kernel(2, 1),
-    "attention_backward_dkv": attention_kernel(2, 2),
-    "attention_forward": attention_kernel(1, 1),
-}
-
-
 def needed_exchange(config: Config, mesh: jax.sharding.Mesh) -> float:
     """Bytes of one copy per destination, there and back, in a forward and a backward pass."""
     sizes = [mesh.shape[axis] for axis in sharding.EXPERT_AXES]
-    rows = exchanged_rows(config.model.moe, LENGTH, sizes)
+    rows = exchanged_rows(config.model.moe, config.data.stages[-1].sequence_length, sizes)
     precision = config.precision
     there, back = jnp.dtype(precision.compute_dtype), jnp.dtype(precision.combine_dtype)
     row = config.model.hidden_size * (there.itemsize + back.itemsize)

@@ -8,6 +8,7 @@ parameters and operations. Every field of the config can be set on the command l
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ from ml_collections import config_flags
 
 from moe_jax import command_line, validation
 from moe_jax.config import UserError
-from moe_jax.planning import compare, machines, page, published, report, serving
+from moe_jax.planning import (
+    compare,
+    compiled_step,
+    machines,
+    page,
+    published,
+    report,
+    serving,
+)
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency
 from moe_jax.planning.figures import Question, of_model, of_run, of_search
 from moe_jax.planning.operations import count
+from moe_jax.training import ahead_of_time
 
 DEFAULT = Efficiency()
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.")
@@ -34,6 +44,7 @@ CONTEXT = flags.DEFINE_integer("context", None, "Plan serving too, with as many 
 PRODUCTS = flags.DEFINE_float("products", DEFAULT.products, "Share of the peak that they reach.")
 MEMORY = flags.DEFINE_float("memory", DEFAULT.memory, "Share of its bandwidth that is reached.")
 LINKS = flags.DEFINE_float("links", DEFAULT.links, "The same of links.")
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the train step, and hold the plan to it.")
 JSON = flags.DEFINE_string("json", None, "Write all figures to this file.")
 HTML = flags.DEFINE_string("html", None, "Write a page with pictures to this file.")
 TABLE = flags.DEFINE_bool("table", False, "Show published runs beside what is planned for them.")
@@ -51,10 +62,11 @@ def main(arguments: list[str]) -> None:
         raise UserError("--config is missing; try --config=configs/tiny.py")
     else:
         told = plan()
-    print("\n".join(told))
+    for line in told:
+        print(line, flush=True)
 
 
-def plan() -> list[str]:
+def plan() -> Iterator[str]:
     """The lines of the plan that the flags ask for; writes the files they name."""
     config = validation.parse(CONFIG.value)
     efficiency = Efficiency(PRODUCTS.value, MEMORY.value, LINKS.value)
@@ -65,27 +77,30 @@ def plan() -> list[str]:
     topology = machines.parse(TOPOLOGY.value, known) if TOPOLOGY.value else None
     figures: dict[str, Any] = {"config": command_line.config_name(CONFIG)}
     if topology is None:
+        for flag, asked in (("context", CONTEXT.value is not None), ("compile", COMPILE.value)):
+            if asked:
+                raise UserError(f"--{flag} needs --topology, such as --topology=v5p:8x16x16")
         figures |= of_model(Case.without_mesh(config), question)
     else:
         case = Case.of(config, topology.devices, topology.machine.platform)
         figures |= of_model(case, question) | of_run(case, topology, question)
         if SEARCH.value or not figures["memory_per_device"]["fits"]:
             figures |= of_search(case, topology, question)
-    told = report.lines(figures)
-    if CONTEXT.value is not None:
-        if topology is None:
-            raise UserError("--context needs --topology, such as --topology=h200:1x8")
+    yield from report.lines(figures)
+    if topology and CONTEXT.value is not None:
         parameters = count(case.weights, config.model)
         service = serving.placed(
             config.model, parameters, topology, CONTEXT.value, efficiency=efficiency
         )
         figures["serving"] = serving.figures(service, PRICE.value)
-        told += ["", *serving.lines(service, PRICE.value)]
+        yield from ["", *serving.lines(service, PRICE.value)]
+    if topology and COMPILE.value:  # takes minutes
+        figures["compiled"] = ahead_of_time.figures(config, topology.name)
+        yield from ["", *compiled_step.lines(figures["compiled"], figures)]
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
     if HTML.value:
         Path(HTML.value).write_text(page.page(figures))
-    return told
 
 
 if __name__ == "__main__":

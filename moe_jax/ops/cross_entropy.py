@@ -73,7 +73,9 @@ def projected_cross_entropy(
 
 
 def _forward(x_BLD, weight_DV, targets_BL, weights_BL, dtype):
-    return _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=True)
+    loss, gradients = _run(x_BLD, weight_DV, targets_BL, weights_BL, dtype, gradients=True)
+    # The weight's is scattered before the layers' backward passes, or it would be whole in these.
+    return loss, jax.lax.optimization_barrier(gradients)
 
 
 def _backward(dtype, kept, dloss):

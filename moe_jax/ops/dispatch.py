@@ -79,6 +79,7 @@ def apply_experts(
     combine_dtype: jnp.dtype,
     backends: Backends,
     parts: int = 1,
+    rare: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """sum_k weights[t, k] * expert[expert_ids[t, k]](x[t]) for the tokens of this device.
 
@@ -94,13 +95,22 @@ def apply_experts(
       all_axes: all mesh axes of the region, which agree on the number of rounds.
       combine_dtype: of results on their way back; a round's sums are float32 before.
       parts: that the tokens are cut in, equally. While one travels, experts work on another.
+      rare: this is of a further round, whose own first one need not stand outside its loop.
     Returns:
       [tokens, model dim] `combine_dtype`; [] int32, how often the products ran.
     """
     axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
     if not axes:
         return _apply_here(
-            x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends
+            x_TD,
+            weights_TK,
+            expert_ids_TK,
+            experts,
+            balanced,
+            all_axes,
+            combine_dtype,
+            backends,
+            rare,
         )
     axis, *inner_axes = axes
     devices = jax.lax.axis_size(axis)
@@ -115,7 +125,7 @@ def apply_experts(
     rounds = jnp.max(jnp.stack([plan.rounds(capacity) for plan in plans]))
     rounds = jax.lax.pmax(rounds, all_axes)
 
-    def one_round(number, inputs, routing):
+    def one_round(number, inputs, routing, rare):
         x_TD, weights_TK, experts = inputs
 
         def apply(x_RD, choices):
@@ -130,6 +140,7 @@ def apply_experts(
                 all_axes=all_axes,
                 combine_dtype=combine_dtype,
                 backends=backends,
+                rare=rare,
             )
 
         tokens = zip(jnp.split(x_TD, parts), jnp.split(weights_TK, parts), *routing, strict=True)
@@ -141,7 +152,7 @@ def apply_experts(
         return jnp.concatenate(y_TD), jnp.max(jnp.stack(passes))
 
     inputs, routing = (x_TD, weights_TK, experts), (ids, plans)
-    return _sum_rounds(one_round, rounds, inputs, routing, all_axes)
+    return _sum_rounds(one_round, rounds, inputs, routing, all_axes, combine_dtype, rare)
 
 
 class _Journey(NamedTuple):
@@ -201,7 +212,7 @@ def _in_turn(
 
 
 def _apply_here(
-    x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends
+    x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends, rare
 ):
     """The same on one device that has all the experts in question."""
     num_experts, choices = len(experts.down_EFD), expert_ids_TK.size
@@ -213,7 +224,8 @@ def _apply_here(
     num_tiles = min(most, wanted)
     tiles = grouped_matmul.make_tiles(expert_ids_TK, num_experts, size)
 
-    def one_round(number, inputs, tiles):
+    def one_round(number, inputs, tiles, rare):
+        del rare
         x_TD, weights_TK, experts = inputs
         here = tiles.window(number * num_tiles, num_tiles, size)
         y_TD = grouped_matmul.swiglu_experts(
@@ -223,9 +235,9 @@ def _apply_here(
 
     inputs = x_TD, weights_TK, experts
     if num_tiles == most:
-        return one_round(0, inputs, tiles)
+        return one_round(0, inputs, tiles, rare)
     rounds = (tiles.used + num_tiles - 1) // num_tiles
-    return _sum_rounds(one_round, rounds, inputs, tiles, all_axes)
+    return _sum_rounds(one_round, rounds, inputs, tiles, all_axes, combine_dtype, rare)
 
 
 def _destinations(expert_ids_TK: jax.Array, num_experts: int, devices: int) -> jax.Array:
@@ -238,18 +250,21 @@ def _destinations(expert_ids_TK: jax.Array, num_experts: int, devices: int) -> j
 
 
 def _sum_rounds(
-    one_round: Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]],
+    one_round: Callable[[jax.Array, Any, Any, bool], tuple[jax.Array, jax.Array]],
     rounds: jax.Array,
     inputs: Any,
     routing: Any,
     all_axes: tuple[str, ...],
+    combine_dtype: jnp.dtype,
+    rare: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sums of one_round(number, inputs, routing) over the numbers of rounds, at least one.
+    """The sums of one_round(number, inputs, routing, rare) over the numbers of rounds.
 
     The second of the two is the largest of all devices.
 
     The first round stands outside the loop, so that it can overlap with other work, and what its
-    gradient needs is kept as rematerialization has it. Others are computed again.
+    gradient needs is kept as rematerialization has it. Others are computed again. Where all of this
+    is rare, the loop has the first round too: a program must not double with each level.
     """
 
     @jax.custom_vjp
@@ -257,6 +272,8 @@ def _sum_rounds(
         return forward(rounds, inputs, routing)[0]
 
     def loop(function, first, rounds):
+        """first + function(1) + function(2) ...; from 0 on where there is no first."""
+
         def body(carry):
             number, total = carry
             return number + 1, jax.tree.map(jnp.add, total, function(number))
@@ -264,8 +281,10 @@ def _sum_rounds(
         def further(start):
             return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, start)
 
-        # To a scheduler a loop is work, beside which it would set an exchange and nothing else.
         with jax.named_scope("further_rounds"):
+            if rare:
+                return further((jnp.zeros_like(rounds), first))[1]
+            # To a scheduler a loop is work, beside which it would set an exchange and nothing else.
             start = jnp.ones_like(rounds), first
             return jax.lax.cond(rounds > 1, further, lambda start: start, start)[1]
 
@@ -275,9 +294,13 @@ def _sum_rounds(
         return x_TD, weights_TK, jax.tree.map(lambda w: w.astype(dtype), experts)
 
     def forward(rounds, inputs, routing):
-        zero, narrow = jnp.zeros_like(rounds), with_experts(inputs, inputs[0].dtype)
-        first, pull_back = jax.vjp(lambda inputs: one_round(zero, inputs, routing), inputs)
-        y, passes = loop(lambda number: one_round(number, narrow, routing), first, rounds)
+        zero, x_TD, pull_back = jnp.zeros_like(rounds), inputs[0], None
+        narrow = with_experts(inputs, x_TD.dtype)
+        if rare:
+            first = slots.zeros(x_TD.shape, combine_dtype, x_TD), zero
+        else:
+            first, pull_back = jax.vjp(lambda i: one_round(zero, i, routing, False), inputs)
+        y, passes = loop(lambda number: one_round(number, narrow, routing, True), first, rounds)
         return (y, jax.lax.pmax(passes, all_axes)), (pull_back, rounds, narrow, routing)
 
     def backward(kept, dy):
@@ -285,12 +308,16 @@ def _sum_rounds(
 
         def gradients(number):
             inputs = with_experts(narrow, jnp.float32)
-            return widen(jax.vjp(lambda i: one_round(number, i, routing), inputs)[1](dy)[0])
+            return widen(jax.vjp(lambda i: one_round(number, i, routing, True), inputs)[1](dy)[0])
 
         def widen(tree):  # rounds add up in float32
             return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), tree)
 
-        dx, dweights, d_experts = loop(gradients, widen(pull_back(dy)[0]), rounds)
+        if rare:
+            first = jax.tree.map(lambda a: slots.zeros(a.shape, jnp.float32, a), narrow)
+        else:
+            first = widen(pull_back(dy)[0])
+        dx, dweights, d_experts = loop(gradients, first, rounds)
         return None, (dx.astype(narrow[0].dtype), dweights, d_experts), None
 
     total.defvjp(forward, backward)

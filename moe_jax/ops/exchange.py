@@ -133,10 +133,7 @@ def _move(rows: jax.Array, there: _Chunks, back: _Chunks, sizes: tuple[int, int]
 
 # Not by way of `_move`, into which no rematerialization policy would see.
 def _move_forward(rows, there, back, sizes, axis):
-    varying = tuple(jax.typeof(rows).manual_axis_type.varying)
-    target = jax.lax.pcast(
-        jnp.zeros((sizes[0], *rows.shape[1:]), rows.dtype), varying, to="varying"
-    )
+    target = slots.zeros((sizes[0], *rows.shape[1:]), rows.dtype, rows)
     moved = jax.lax.ragged_all_to_all(rows, target, *there, axis_name=axis)
     return moved, (there, back)
 

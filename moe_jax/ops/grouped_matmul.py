@@ -156,7 +156,7 @@ def _forward(x_TD, weights_TK, experts, layout, size):
         return _pieces(step, filled, first, count, size, num_slots), None
 
     widths = x_TD.shape[1], experts.gate_up_EDH.shape[2]
-    filled = tuple(_zeros((num_slots, width), x_TD.dtype, x_TD) for width in widths)
+    filled = tuple(slots.zeros((num_slots, width), x_TD.dtype, x_TD) for width in widths)
     per_expert = narrow, layout.first_E, layout.count_E
     (y_SD, opened_SH), _ = jax.lax.scan(expert, filled, per_expert)
     # The name lets a rematerialization policy keep it; a loop's results have none of their own.
@@ -194,14 +194,14 @@ def _backward(size, kept, dy_TD):
 
     def expert(filled, inputs):
         weights, first, count = inputs
-        none = jax.tree.map(lambda w: _zeros(w.shape, jnp.float32, x_TD), weights)
+        none = jax.tree.map(lambda w: slots.zeros(w.shape, jnp.float32, x_TD), weights)
         step = functools.partial(piece, weights)
         *filled, d_experts = _pieces(step, (*filled, none), first, count, size, num_slots)
         return tuple(filled), d_experts
 
     filled = (
-        _zeros((num_slots, x_TD.shape[1]), dtype, x_TD),
-        _zeros((num_slots, 1), jnp.float32, x_TD),
+        slots.zeros((num_slots, x_TD.shape[1]), dtype, x_TD),
+        slots.zeros((num_slots, 1), jnp.float32, x_TD),
     )
     per_expert = experts, layout.first_E, layout.count_E
     (dx_SD, dweight_S1), d_experts = jax.lax.scan(expert, filled, per_expert)
@@ -258,10 +258,3 @@ def _read(x: jax.Array, start: jax.Array, rows: int) -> jax.Array:
 
 def _write(x: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, piece.astype(x.dtype), start, axis=0)
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-    """Varies over the mesh as `like` does."""
-    varying = tuple(jax.typeof(like).manual_axis_type.varying)
-    zeros = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros

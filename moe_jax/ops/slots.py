@@ -6,9 +6,11 @@ Shapes: T tokens, K choices per token, N = T * K choices, G groups, S slots, D d
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 CHUNK = 64
 
@@ -45,6 +47,12 @@ def choice_of_slot(slot_of_TK: jax.Array, slots: int) -> jax.Array:
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """The rows of x at these places; zero for a place behind the last."""
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def zeros(shape: Sequence[int], dtype: DTypeLike, like: jax.Array) -> jax.Array:
+    """That vary over the mesh as `like` does."""
+    varying, nothing = tuple(jax.typeof(like).manual_axis_type.varying), jnp.zeros(shape, dtype)
+    return jax.lax.pcast(nothing, varying, to="varying") if varying else nothing
 
 
 def sum_of_slots(y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Products run at the rate of a device's units or of its memory, whichever takes longer. Gathers of
 weights and sums of gradients hide under them as far as they last. Tokens on their way to experts
-hide under the experts' products alone, and of the parts in which they travel one never does
+hide under the experts' products alone, and of the parts in which they travel the first never does
 (`model.moe.exchange_parts`). Rates are the makers' times the shares below, which are assumptions
 and may be set.
 """
@@ -77,9 +77,11 @@ class Step:
 
     @property
     def hidden_exchange(self) -> float:
-        """Of its seconds, those under experts' products."""
+        """Of its seconds, those under experts' products: all but the first part's on its way there
+        and, without shared experts, the last one's on its way back."""
         experts = sum(self.parts[name].seconds for name in EXPERTS if name in self.parts)
-        return min(self.exchange * (1 - 1 / self.exchange_parts), experts)
+        ends = 1 if "shared" in self.parts else 2
+        return min(self.exchange * (1 - ends / 2 / self.exchange_parts), experts)
 
     @property
     def waiting(self) -> float:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from moe_jax.config import UserError
+
 # libtpu looks for the machine it runs on, unless it is told. One process at a time may use it,
 # but for compiling alone there may be several.
 ENVIRONMENT = {
@@ -52,6 +54,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+HOPPER, TPUS = ("h100", "h200", "h800"), ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_MISSING = (
+    "to compile for {} its compiler must be here: pip install -e '.[{}]', in an environment of its "
+    "own"
+)
+
+
 def prepare() -> None:
     """Sets what libtpu and JAX read from the environment; what the user set stays."""
     for name, value in ENVIRONMENT.items():
@@ -66,13 +75,26 @@ def devices(name: str) -> Sequence[Any]:
 
     Args:
       name: of a TPU topology ("v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4": chips), or "h100:8x8", hosts
-        times GPUs of one.
+        times GPUs of one; its relatives compile as it does.
+    Raises:
+      UserError: the compiler is not installed, or knows no such topology.
     """
     kind, _, shape = name.partition(":")
-    if kind == "h100":
-        description = topologies.get_topology_desc(
-            "h100", "cuda", topology=f"1x{shape}", target_config=H100
-        )
-    else:
-        description = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    if kind not in (*HOPPER, *TPUS):
+        raise UserError(f"nothing compiles for {kind}; it does for {', '.join((*HOPPER, *TPUS))}")
+    try:
+        if kind in HOPPER:
+            shape = shape if "x" in shape else f"1x{shape}"
+            description = topologies.get_topology_desc(
+                "h100", "cuda", topology=f"1x{shape}", target_config=H100
+            )
+        else:
+            description = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    except NotImplementedError:
+        raise UserError(_MISSING.format(name, "plan-gpu")) from None
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise UserError(_MISSING.format(name, "plan-tpu")) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the compiler refuses {name}: {reason}") from None
     return description.devices

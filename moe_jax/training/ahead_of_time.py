@@ -1,0 +1,101 @@
+"""The train step, compiled for devices that need not be here.
+
+It is the very function that trains, with the compiler's flags that training sets. `prepare` comes
+before the first use of JAX in a process.
+"""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import platform, sharding
+from moe_jax.config import Config
+from moe_jax.planning import buffers, compiled_step, topologies
+from moe_jax.planning.compiled_step import CompiledStep, TooLarge
+from moe_jax.training.loop import abstract_state
+from moe_jax.training.step import init_state, make_train_step
+
+# How TPU's compiler says that a program needs more memory than there is.
+_TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+
+
+def prepare(dump: Path | None = None) -> None:
+    """Sets what compilers read from the environment, as for those who train.
+
+    Args:
+      dump: a folder for what XLA writes of each program, for `planning.buffers`.
+    """
+    topologies.prepare()
+    for variable, flags in platform.FLAGS.values():
+        given = os.environ.get(variable, "")
+        os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
+    if dump is not None:
+        os.environ["XLA_FLAGS"] += f" --xla_dump_to={dump} --xla_dump_hlo_as_text=true"
+
+
+def figures(config: Config, topology: str) -> dict[str, Any]:
+    """What a plan says of its compiled step; of one that is too large, by how much.
+
+    Raises:
+      UserError: nothing here compiles for the topology.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        devices = topologies.devices(topology)
+        try:
+            found = compiled_step.figures(compile_step(config, devices), config)
+        except TooLarge as error:
+            found = error.figures()
+        return found | {"largest": [b._asdict() for b in buffers.largest(Path(folder), 3)]}
+
+
+def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
+    """The train step at the rows of the last stage.
+
+    Raises:
+      TooLarge: a device's memory cannot hold the program (TPU; for GPU nothing refuses it).
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    length, micro_batches = config.data.stages[-1].sequence_length, config.training.micro_batches
+    rows = config.training.tokens_per_step // length // micro_batches
+    with jax.set_mesh(mesh):
+        state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (micro_batches, rows, length),
+                jnp.float32 if name == "loss_weights" else jnp.int32,
+                sharding=sharding.batch_sharding(mesh),
+            )
+            for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+        }
+        begin = time.perf_counter()
+        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = _TOO_LARGE.search(str(error))
+            if found is None:
+                raise
+            raise TooLarge(_bytes(*found.groups()[:2]), _bytes(*found.groups()[2:])) from error
+        seconds = time.perf_counter() - begin
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    return CompiledStep(
+        text,
+        mesh,
+        state,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        seconds,
+    )
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 1024 ** ("KMGT".index(unit) + 1)
