@@ -1,27 +1,12 @@
 """The command: its text, its JSON, and its sentences for mistakes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from plan_command import run
 
-REPOSITORY = Path(__file__).parents[1]
 V3 = "--config=configs/deepseek_v3.py"
-
-
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_jax.plan", *flags],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_deepseek_v3_on_2048_chips(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ _VALUE = re.compile(
 
 
 class Buffer(NamedTuple):
-    """shape: as XLA writes it, "f32[7168,129280]"; op_name: of the instruction that fills it."""
+    """shape: as XLA writes it, "f32[7168,129280]"; op_name: of the instruction that fills it, ""
+    if the compiler has made it."""
 
     bytes: int
     shape: str
@@ -23,7 +24,7 @@ class Buffer(NamedTuple):
 
 
 def largest(folder: Path, number: int) -> list[Buffer]:
-    """Of the largest program in a dump, alike ones once."""
+    """Of the largest program in a dump; of those of one shape, one."""
     assignments = folder.glob("*after_optimizations-buffer-assignment.txt")
     sizes = {file: file.stat().st_size for file in assignments}
     if not sizes:
@@ -35,8 +36,10 @@ def largest(folder: Path, number: int) -> list[Buffer]:
         for computation in hlo.parse(text).computations.values()
         for instruction in computation.instructions.values()
     }
-    found = {
-        Buffer(int(size), shape, names.get(name, "") or name)
-        for name, size, shape in _VALUE.findall(file.read_text())
-    }
-    return sorted(found, reverse=True)[:number]
+    found: dict[tuple[int, str], Buffer] = {}
+    for name, size, shape in _VALUE.findall(file.read_text()):
+        buffer = Buffer(int(size), shape, names.get(name, ""))
+        # Copies that the compiler makes have no name.
+        if buffer.op_name or (buffer.bytes, shape) not in found:
+            found[buffer.bytes, shape] = buffer
+    return sorted(found.values(), reverse=True)[:number]

@@ -163,14 +163,17 @@ def lines(compiled: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]
     memory, capacity = compiled["memory_per_device"], plan["memory_per_device"]["capacity"]
     available = memory.get("available", capacity)
     if memory["total"] > available:
-        yield f"compiled    it needs {format_bytes(memory['total'])} of a device's memory, "
-        yield f"            {format_bytes(memory['total'] - available)} more than there are"
+        total, over = (
+            format_bytes(size) for size in (memory["total"], memory["total"] - available)
+        )
+        yield f"compiled    does not fit: {total} on a device, {over} more than there are"
     if "flops" in compiled:
         yield from _beside_the_plan(compiled, plan)
     yield "largest buffers:"
     for buffer in compiled["largest"]:
         yield f"  {format_bytes(buffer['bytes']):>10}  {buffer['shape']}"
-        yield f"{'':14}{buffer['op_name'][-66:]}"
+        if buffer["op_name"]:
+            yield f"{'':14}{buffer['op_name'][-66:]}"
 
 
 def _beside_the_plan(compiled: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
