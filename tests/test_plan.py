@@ -96,7 +96,12 @@ def test_what_does_not_fit_comes_with_flags_that_do() -> None:
         ((V3, "--links=0"), "--links=0 is a share and must be above 0, and at most 1"),
         ((V3, "--tokens=0"), "--tokens=0 must be at least 1"),
         ((V3, "--price=-1"), "--price=-1 must be at least 0"),
-        ((V3, "--context=4096"), "--context needs --topology, such as --topology=h200:1x8"),
+        ((V3, "--context=4096"), "--context needs --topology, such as --topology=v5p:8x16x16"),
+        ((V3, "--compile"), "--compile needs --topology, such as --topology=v5p:8x16x16"),
+        (
+            ("--config=configs/tiny.py", "--topology=mi300x:1x8", "--compile"),
+            "nothing compiles for mi300x; it does for h100, h200, h800, v4, v5e, v5p, v6e, tpu7x",
+        ),
         ((), "--config is missing; try --config=configs/tiny.py"),
         (("--compare", "a.json"), "two files are compared, as in --compare A.json B.json"),
         (("--compare", "a.json", "b.json", "c.json"), "'c.json' is no flag"),
