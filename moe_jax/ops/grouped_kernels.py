@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import slots
-from moe_jax.ops.grouped_matmul import Experts, Tiles, make_tiles
+from moe_jax.ops.grouped_matmul import Experts, Tiles
 
 # Rows that are summed together, and slots of their tiles.
 SUM_ROWS, SUM_SIZE = 128, 64
@@ -186,10 +186,8 @@ def sum_by_product(tgmm: RowsTimesRows, y_SD: jax.Array, slot_of_TK: jax.Array) 
     """
     (rows, top_k), num_slots = slot_of_TK.shape, len(y_SD)
     blocks = -(-rows // SUM_ROWS)
-    block_T1 = jnp.arange(rows, dtype=jnp.int32)[:, None] // SUM_ROWS
-    block_TK = jnp.where(slot_of_TK < num_slots, block_T1, -1)
     num_tiles = min(num_slots, slot_of_TK.size) // SUM_SIZE + blocks
-    layout = _Layout.of(make_tiles(block_TK, blocks, SUM_SIZE), num_tiles, SUM_SIZE)
+    layout = _Layout.of(_tiles_of_blocks(slot_of_TK < num_slots, blocks), num_tiles, SUM_SIZE)
     filled_S = layout.choice_S < slot_of_TK.size
     # Empty slots get what is in slot 0, which is a number: nobody wrote what is in unused tiles.
     gathered_SD = y_SD.at[slots.take(slot_of_TK.reshape(-1), layout.choice_S)].get(mode="clip")
@@ -197,3 +195,14 @@ def sum_by_product(tgmm: RowsTimesRows, y_SD: jax.Array, slot_of_TK: jax.Array) 
     ones_SR = (row_S[:, None] == jnp.arange(SUM_ROWS)).astype(y_SD.dtype)
     sum_BRD = tgmm(ones_SR, gathered_SD, layout.expert_of_tile_N, layout.used, blocks)
     return sum_BRD.reshape(blocks * SUM_ROWS, -1)[:rows]
+
+
+def _tiles_of_blocks(here_TK: jax.Array, blocks: int) -> Tiles:
+    """Tiles of the choices that are here, by blocks of rows, in which they stand in order."""
+    padded = jnp.pad(here_TK, ((0, blocks * SUM_ROWS - len(here_TK)), (0, 0)))
+    here_BC = padded.reshape(blocks, -1).astype(jnp.int32)
+    rank_BC = jnp.cumsum(here_BC, axis=1) - here_BC
+    count_B = (jnp.sum(here_BC, axis=1) + SUM_SIZE - 1) // SUM_SIZE
+    first_B = jnp.cumsum(count_B) - count_B
+    slot_BC = jnp.where(here_BC > 0, first_B[:, None] * SUM_SIZE + rank_BC, -1)
+    return Tiles(slot_BC.reshape(padded.shape)[: len(here_TK)], first_B, count_B)
