@@ -57,6 +57,7 @@ AT_LEAST_1 = [
         "num_limited_groups",
         "num_device_groups",
         "capacity_group",
+        "exchange_parts",
     ),
     *_fields(
         "training",

@@ -194,14 +194,18 @@ def dispatch_buffers(case: Case) -> float:
 
 
 def _of_loss(case: Case) -> dict[str, float]:
-    """A chunk of logits and their gradients, and the head whole with its gradient."""
+    """A chunk of logits and their gradients, and the head whole with its gradient.
+
+    The gradient of a head that is not split is among the gradients already.
+    """
     model = case.config.model
     head = model.vocab_size * model.hidden_size
+    weight = next(w for w in reversed(case.weights) if w.group in ("head", "embedding"))
     chunk = min(case.tokens * model.vocab_size, CHUNK_LOGITS)
     return {
         "logits": chunk * 2 * FLOAT32,
         "gathered weights": head * case.compute_bytes,
-        "whole gradients": head * FLOAT32,
+        "whole gradients": head * FLOAT32 if weight.part(case.sizes) < head else 0.0,
     }
 
 
