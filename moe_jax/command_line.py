@@ -1,6 +1,7 @@
 """What all commands share: flags, and a user's mistake answered in one sentence, exit code 2."""
 
 import itertools
+import os
 import re
 import sys
 import textwrap
@@ -33,6 +34,20 @@ def config_name(flag: flags.FlagHolder[ConfigDict]) -> str:
     """ "tiny" for --config=configs/tiny.py, "mixtral_tiny" for --config=configs/mixtral.py:tiny."""
     file, _, argument = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
     return "_".join([Path(file).stem, argument]).rstrip("_")
+
+
+def check_writable(*files: flags.FlagHolder[str | None]) -> None:
+    """Before the work whose result would be lost.
+
+    Raises:
+      UserError: a flag names a folder, or a file where none can be.
+    """
+    for flag in files:
+        path = Path(flag.value or "unused")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(
+                f"--{flag.name}={path} cannot be written; name a file in a folder of yours"
+            )
 
 
 def _guarded(main: Callable[[list[str]], None], arguments: list[str], most: int) -> None:

@@ -70,9 +70,11 @@ def plan() -> Iterator[str]:
     """The lines of the plan that the flags ask for; writes the files they name."""
     config = validation.parse(CONFIG.value)
     efficiency = Efficiency(PRODUCTS.value, MEMORY.value, LINKS.value)
-    tokens = None if TOKENS.value is None else int(TOKENS.value)
-    question = Question(tokens, PRICE.value, DOCUMENT.value, efficiency)
+    question = Question(TOKENS.value, PRICE.value, DOCUMENT.value, CONTEXT.value, efficiency)
     question.check()
+    command_line.check_writable(JSON, HTML)
+    if COMPILE.value and DOCUMENT.value:
+        raise UserError("--compile counts whole rows; leave out --document_length")
     known = machines.read() | (machines.read(Path(MACHINE.value)) if MACHINE.value else {})
     topology = machines.parse(TOPOLOGY.value, known) if TOPOLOGY.value else None
     figures: dict[str, Any] = {"config": command_line.config_name(CONFIG)}

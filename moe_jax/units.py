@@ -37,3 +37,8 @@ def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
         scaled /= base
         unit += 1
     return f"{scaled:.1f}{units[unit]}"
+
+
+def format_amount(number: float) -> str:
+    """Of what may be a fraction: "0.091", "113.3K"."""
+    return format_count(number) if number >= 1000 else f"{number:.4g}"

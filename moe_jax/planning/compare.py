@@ -1,5 +1,6 @@
 """Two plans in JSON side by side: the figures that differ, and their ratios."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def _numbered(value: Any) -> Any:
 def _figure(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
         text = str(value)
         return text if len(text) <= 15 else f"{text[:12]}..."
     if set(name.split(".")) & set(BYTES):

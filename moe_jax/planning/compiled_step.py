@@ -68,8 +68,8 @@ def _expected_trips(step: CompiledStep, config: Config) -> dict[str, float]:
     if not sizes:
         return trips
     moe, shape = config.model.moe, step.mesh.shape
-    rows = config.training.tokens_per_step // config.training.micro_batches
-    tokens = rows // math.prod(shape[axis] for axis in sharding.BATCH_AXES)
+    of_all = config.training.tokens_per_step // config.training.micro_batches
+    tokens = of_all // math.prod(shape[axis] for axis in sharding.BATCH_AXES)
     devices = math.prod(shape[axis] for axis in sharding.EXPERT_AXES)
     parts = moe.exchange_parts if devices > 1 else 1
     load = tokens * devices * moe.num_experts_per_tok / moe.num_experts / parts
@@ -163,10 +163,10 @@ def lines(compiled: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]
     memory, capacity = compiled["memory_per_device"], plan["memory_per_device"]["capacity"]
     available = memory.get("available", capacity)
     if memory["total"] > available:
-        total, over = (
-            format_bytes(size) for size in (memory["total"], memory["total"] - available)
-        )
-        yield f"compiled    does not fit: {total} on a device, {over} more than there are"
+        total, over = memory["total"], memory["total"] - available
+        planned = format_bytes(plan["memory_per_device"]["total"])
+        yield f"compiled    does not fit: {format_bytes(total)} on a device; planned {planned}"
+        yield f"            {format_bytes(over)} more than there are"
     if "flops" in compiled:
         yield from _beside_the_plan(compiled, plan)
     yield "largest buffers:"

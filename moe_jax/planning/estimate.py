@@ -24,7 +24,6 @@ from moe_jax.planning.operations import (
 from moe_jax.planning.weights import Weight
 
 # What AdamW reads and writes of each parameter: it, two moments and its gradient; the first three.
-EXPERTS = ("routed", "shared")
 OPTIMIZER_BYTES = 7 * FLOAT32
 
 
@@ -77,11 +76,16 @@ class Step:
 
     @property
     def hidden_exchange(self) -> float:
-        """Of its seconds, those under experts' products: all but the first part's on its way there
-        and, without shared experts, the last one's on its way back."""
-        experts = sum(self.parts[name].seconds for name in EXPERTS if name in self.parts)
-        ends = 1 if "shared" in self.parts else 2
-        return min(self.exchange * (1 - ends / 2 / self.exchange_parts), experts)
+        """Of its seconds, those under experts' products.
+
+        A part hides under the routed experts' work on others. The last one's way back has only
+        shared experts beside it, and the first one's way there nothing.
+        """
+        routed, shared = (
+            self.parts[name].seconds if name in self.parts else 0.0 for name in ("routed", "shared")
+        )
+        last = self.exchange / 2 / self.exchange_parts
+        return min(self.exchange - 2 * last, routed) + min(last, shared)
 
     @property
     def waiting(self) -> float:

@@ -1,6 +1,7 @@
 """All figures of a plan as one tree of numbers, which JSON, text and page show."""
 
 import dataclasses
+import math
 from typing import Any
 
 from moe_jax.config import Config, UserError
@@ -26,11 +27,13 @@ class Question:
     tokens: of the whole run; None: as the config has it.
     price: of a device-hour, in any currency; None: not asked.
     document: tokens of a document, where a row holds several.
+    context: tokens in the cache, for serving; None: not asked.
     """
 
-    tokens: int | None = None
+    tokens: float | None = None
     price: float | None = None
     document: int | None = None
+    context: int | None = None
     efficiency: Efficiency = Efficiency()
 
     def check(self) -> None:
@@ -38,11 +41,12 @@ class Question:
         for name, share in self.efficiency._asdict().items():
             if not 0 < share <= 1:
                 raise UserError(f"--{name}={share:g} is a share and must be above 0, and at most 1")
-        for name, value in (("tokens", self.tokens), ("document_length", self.document)):
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value} must be at least 1")
-        if self.price is not None and self.price < 0:
-            raise UserError(f"--price={self.price:g} must be at least 0")
+        numbers = {"tokens": self.tokens, "document_length": self.document, "context": self.context}
+        for name, value in numbers.items():
+            if value is not None and not 1 <= value < math.inf:
+                raise UserError(f"--{name}={value:g} must be a number from 1 on")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise UserError(f"--price={self.price:g} must be a number from 0 on")
 
 
 def of_model(case: Case, question: Question) -> dict[str, Any]:
@@ -159,7 +163,9 @@ def _seconds_by_part(its_step: Step) -> dict[str, float]:
 def _whole_run(
     config: Config, topology: Topology, its_step: Step, question: Question
 ) -> dict[str, Any]:
-    tokens = question.tokens or config.training.num_steps * config.training.tokens_per_step
+    tokens = (
+        int(question.tokens or 0) or config.training.num_steps * config.training.tokens_per_step
+    )
     hours = tokens / its_step.tokens_per_second / 3600
     price, watts = question.price, topology.machine.watts
     return {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from moe_jax.units import format_bytes, format_count
+from moe_jax.units import format_amount, format_bytes, format_count
 
 WIDTH, ROW, LEFT, RIGHT = 720, 24, 170, 110  # of a picture, in pixels: names left, figures right
 BAR = WIDTH - LEFT - RIGHT
@@ -78,7 +78,7 @@ def _key_figures(plan: Mapping[str, Any]) -> str:
         ("a step", plan.get("step_seconds"), _seconds),
         ("tokens/s of a device", plan.get("tokens_per_second_per_device"), "{:,.0f}".format),
         ("MFU", plan.get("mfu"), "{:.1%}".format),
-        ("device-hours", plan.get("device_hours"), format_count),
+        ("device-hours", plan.get("device_hours"), format_amount),
         ("cost", plan.get("cost"), format_count),
     )
     items = "".join(

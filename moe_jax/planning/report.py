@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.planning.memory import USABLE
-from moe_jax.units import format_bytes, format_count
+from moe_jax.units import format_amount, format_bytes, format_count
 
 Plan = Mapping[str, Any]
 
@@ -94,13 +94,15 @@ def _communication(plan: Plan) -> Iterator[str]:
     yield f"sends       {format_bytes(sent['total'])} of a device in a step"
     if not sent["transfers"]:
         return
-    yield f"{'':22}{'over':<25}{'fast links':>11}{'slow links':>11}{'alone':>10}"
+    yield f"{'':21}{'over':<25}{'fast links':>11}{'slow links':>12}{'alone':>11}"
     for transfer in sorted(sent["transfers"], key=lambda t: -t["seconds"]):
         axes = ",".join(transfer["axes"])
+        if len(axes) > 24:
+            axes = "all that split the batch"
         slow = format_bytes(transfer["slow"]) if transfer["slow"] else "-"
         fast = format_bytes(transfer["fast"]) if transfer["fast"] else "-"
         seconds = _seconds(transfer["seconds"])
-        yield f"  {transfer['kind']:<20}{axes:<25}{fast:>11}{slow:>11}{seconds:>10}"
+        yield f"  {transfer['kind']:<19}{axes:<25}{fast:>11}{slow:>12}{seconds:>11}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -131,19 +133,19 @@ def _run(plan: Plan) -> Iterator[str]:
         f"speed       {plan['tokens_per_second_per_device']:,.4g} tokens/s of a device; MFU "
         f"{plan['mfu']:.1%}"
     )
-    hours = _amount(plan["device_hours"])
+    hours = format_amount(plan["device_hours"])
     yield (
         f"run         {format_count(plan['tokens'])} tokens in {hours} device-hours: "
-        f"{_amount(plan['days'])} days"
+        f"{format_amount(plan['days'])} days"
     )
     if plan["cost"] is not None:
         yield (
-            f"cost        {_amount(plan['cost'])} at {plan['price_per_device_hour']:g} a "
+            f"cost        {format_amount(plan['cost'])} at {plan['price_per_device_hour']:g} a "
             "device-hour"
         )
     if plan["energy_kwh"] is not None:
-        megawatt_hours = plan["energy_kwh"] / 1000
-        yield f"energy      {_amount(megawatt_hours)} MWh of the devices alone, at their limit"
+        energy = format_amount(plan["energy_kwh"] / 1000)
+        yield f"energy      {energy} MWh of the devices alone, at their limit"
 
 
 def _alternatives(plan: Plan) -> Iterator[str]:
@@ -163,14 +165,13 @@ def _alternatives(plan: Plan) -> Iterator[str]:
         )
         yield f"  {speed}{format_bytes(way['memory'])} of a device"
         flags = way["flags"]
-        yield from (f"    {' '.join(flags[i : i + 2])}" for i in range(0, len(flags), 2))
+        yield from (f"  {' '.join(flags[i : i + 2])}" for i in range(0, len(flags), 2))
 
 
 def _seconds(value: float) -> str:
     if value >= 1:
         return f"{value:,.0f} s" if value >= 1000 else f"{value:.4g} s"
-    return f"{value * 1e3:,.4g} ms" if value >= 1e-3 else f"{value * 1e6:,.4g} us"
-
-
-def _amount(value: float) -> str:
-    return format_count(value) if value >= 1000 else f"{value:.4g}"
+    for unit, size in (("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:,.4g} {unit}"
+    return f"{value * 1e9:,.3g} ns"

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_jax.config import Config, MeshConfig
+from moe_jax import validation
+from moe_jax.config import Config, MeshConfig, UserError
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency, Step, step
 from moe_jax.planning.machines import Topology
@@ -88,8 +89,18 @@ def candidates(case: Case, topology: Topology) -> Iterator[Case]:
                     expert=outer_levels[1],
                 )
                 for micro_batches in _divisors(rows // case.devices):
-                    for policy in POLICIES:
-                        yield _changed(case, config, mesh, micro_batches, policy)
+                    ways = [_changed(case, config, mesh, micro_batches, p) for p in POLICIES]
+                    if _runs(ways[0]):
+                        yield from ways
+
+
+def _runs(case: Case) -> bool:
+    """Whether training takes it: rows of all stages, experts, the parts that tokens travel in."""
+    try:
+        validation.check_mesh(case.config, case.sizes, case.platform)
+    except UserError:
+        return False
+    return True
 
 
 def _changed(case: Case, config: Config, mesh: MeshConfig, micro_batches: int, policy: str) -> Case:

@@ -239,12 +239,13 @@ def lines(serving: Serving, price: float | None = None) -> list[str]:
     cache, heads = found["cache_bytes_per_token"], serving.model.attention.num_heads
     own = cache["own"]
     told = [
-        f"serving     {topology.name}, context {serving.context:,}; weights {serving.weights}, "
-        f"cache {serving.cache}",
+        f"serving     {topology.name}, context {serving.context:,}",
+        f"            weights {serving.weights}, cache {serving.cache}",
         f"cache       {own:,} bytes per token; keys and values of all {heads} heads",
-        f"            {cache['all_heads']:,} ({cache['all_heads'] / own:.1f}x), of 8 groups "
-        f"{cache['8_groups']:,} ({cache['8_groups'] / own:.1f}x)",
+        f"            {cache['all_heads']:,} ({cache['all_heads'] / own:.1f}x)",
     ]
+    if cache["8_groups"] < cache["all_heads"]:
+        told[-1] += f", of 8 groups {cache['8_groups']:,} ({cache['8_groups'] / own:.1f}x)"
     if serving.shared_by > 1:
         told.append(f"            {serving.shared_by} devices share a sequence")
     if serving.room < 0:
@@ -290,15 +291,16 @@ def _short(value: float) -> str:
 def placed(
     model: ModelConfig, parameters: Parameters, topology: Topology, context: int, **options: Any
 ) -> Serving:
-    """With as few devices to a sequence as hold one this long; if none do, with one.
+    """With as few devices to a sequence as hold one this long; if none do, as hold the longest.
 
     Args:
       options: of `Serving`.
     """
     alone = Serving(model, parameters, topology, context, **options)
     sharing = (2**i for i in range(topology.domain.bit_length()) if topology.domain % 2**i == 0)
-    tried = (dataclasses.replace(alone, shared_by=devices) for devices in sharing)
-    return next((serving for serving in tried if serving.sequences), alone)
+    tried = [dataclasses.replace(alone, shared_by=devices) for devices in sharing]
+    fitting = (serving for serving in tried if serving.sequences)
+    return next(fitting, None) or max(tried, key=lambda serving: serving.longest)
 
 
 def fewest(

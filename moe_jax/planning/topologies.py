@@ -56,8 +56,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 HOPPER, TPUS = ("h100", "h200", "h800"), ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _MISSING = (
-    "to compile for {} its compiler must be here: pip install -e '.[{}]', in an environment of its "
-    "own"
+    "to compile for {} its compiler must be here: pip install -e '.[{}]' (TPU and GPU in an "
+    "environment each)"
 )
 
 

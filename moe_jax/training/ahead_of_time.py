@@ -36,7 +36,7 @@ def prepare(dump: Path | None = None) -> None:
     for variable, flags in platform.FLAGS.values():
         given = os.environ.get(variable, "")
         os.environ[variable] = f"{platform.missing_flags(flags, given)} {given}".strip()
-    if dump is not None:
+    if dump is not None and "--xla_dump_to" not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" --xla_dump_to={dump} --xla_dump_hlo_as_text=true"
 
 

@@ -232,15 +232,15 @@ def test_no_fewer_devices_hold_a_long_sequence(v3, name: str, context: int) -> N
 def test_the_lines_fit_and_tell_what_does_not(v3) -> None:
     config, parameters = v3
     told = lines(_serving(v3, "h200:8"), price=3.0)
-    assert told[1:3] == [
+    assert told[2:4] == [
         "cache       70,272 bytes per token; keys and values of all 128 heads",
         "            3,997,696 (56.9x), of 8 groups 249,856 (3.6x)",
     ]
-    assert told[3] == "fits        776 sequences; alone, one of 399,074 tokens"
+    assert told[4] == "fits        776 sequences; alone, one of 399,074 tokens"
     refused = lines(_serving(v3, "h100:1"))
     missing = (COMMON + 256 * EXPERT - USABLE * 80e9) / 1e9
-    assert f"no: weights need {missing:,.1f} GB more a device" in refused[3]
-    assert refused[4:] == [
+    assert f"no: weights need {missing:,.1f} GB more a device" in refused[4]
+    assert refused[5:] == [
         "            experts on hosts, read over its links: 3.07 to 3.13 tokens/s",
         "            experts on hosts, computed there (estimate): 13.4 to 14.7 tokens/s",
     ]
