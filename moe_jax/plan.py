@@ -40,7 +40,9 @@ SEARCH = flags.DEFINE_bool("search", False, "Look for what fits even if the conf
 TOKENS = flags.DEFINE_float("tokens", None, "Of the run; by default as the config has it.")
 PRICE = flags.DEFINE_float("price", None, "Of a device-hour.")
 DOCUMENT = flags.DEFINE_integer("document_length", None, "Tokens of a document, on average.")
-CONTEXT = flags.DEFINE_integer("context", None, "Plan serving too, with as many tokens cached.")
+CONTEXT = flags.DEFINE_integer(
+    "context", None, "Plan serving, with so many tokens cached; without --topology, on what."
+)
 PRODUCTS = flags.DEFINE_float("products", DEFAULT.products, "Share of the peak that they reach.")
 MEMORY = flags.DEFINE_float("memory", DEFAULT.memory, "Share of its bandwidth that is reached.")
 LINKS = flags.DEFINE_float("links", DEFAULT.links, "The same of links.")
@@ -79,23 +81,25 @@ def plan() -> Iterator[str]:
     topology = machines.parse(TOPOLOGY.value, known) if TOPOLOGY.value else None
     figures: dict[str, Any] = {"config": command_line.config_name(CONFIG)}
     if topology is None:
-        for flag, asked in (("context", CONTEXT.value is not None), ("compile", COMPILE.value)):
-            if asked:
-                raise UserError(f"--{flag} needs --topology, such as --topology=v5p:8x16x16")
-        figures |= of_model(Case.without_mesh(config), question)
+        if COMPILE.value:
+            raise UserError("--compile needs --topology, such as --topology=v5p:8x16x16")
+        case = Case.without_mesh(config)
+        figures |= of_model(case, question)
     else:
         case = Case.of(config, topology.devices, topology.machine.platform)
         figures |= of_model(case, question) | of_run(case, topology, question)
         if SEARCH.value or not figures["memory_per_device"]["fits"]:
             figures |= of_search(case, topology, question)
     yield from report.lines(figures)
-    if topology and CONTEXT.value is not None:
-        parameters = count(case.weights, config.model)
-        service = serving.placed(
-            config.model, parameters, topology, CONTEXT.value, efficiency=efficiency
-        )
-        figures["serving"] = serving.figures(service, PRICE.value)
-        yield from ["", *serving.lines(service, PRICE.value)]
+    if CONTEXT.value is not None:
+        served = config.model, count(case.weights, config.model)
+        if topology is None:
+            lines = serving.by_machine(*served, known.values(), CONTEXT.value)
+        else:
+            service = serving.placed(*served, topology, CONTEXT.value, efficiency=efficiency)
+            figures["serving"] = serving.figures(service, PRICE.value)
+            lines = serving.lines(service, PRICE.value)
+        yield from ["", *lines]
     if topology and COMPILE.value:  # takes minutes
         figures["compiled"] = ahead_of_time.figures(config, topology.name)
         yield from ["", *compiled_step.lines(figures["compiled"], figures)]

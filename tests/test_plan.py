@@ -1,6 +1,7 @@
 """The command: its text, its JSON, and its sentences for mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_what_does_not_fit_comes_with_flags_that_do() -> None:
     assert "; fits" in again.stdout
 
 
+def test_machines_that_serve_a_context() -> None:
+    done = run(V3, "--context=1000000")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout[done.stdout.index("at 1,000,000") :].splitlines()
+    assert any(re.match(r"h200 +8 +\d+ +\d", line) for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -104,7 +113,6 @@ def test_what_does_not_fit_comes_with_flags_that_do() -> None:
         ((V3, "--links=0"), "--links=0 is a share and must be above 0, and at most 1"),
         ((V3, "--tokens=0"), "--tokens=0 must be a number from 1 on"),
         ((V3, "--price=-1"), "--price=-1 must be a number from 0 on"),
-        ((V3, "--context=4096"), "--context needs --topology, such as --topology=v5p:8x16x16"),
         ((V3, "--compile"), "--compile needs --topology, such as --topology=v5p:8x16x16"),
         (
             ("--config=configs/tiny.py", "--topology=mi300x:1x8", "--compile"),
