@@ -31,6 +31,8 @@ LIBTPU_FLAGS = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    # There a TPU7x would have it wait for gathers, with no product beside it.
+    "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": "false",
 }
 # The platform, the environment variable that its compiler reads, and our flags.
 FLAGS = {
