@@ -54,8 +54,10 @@ COMPARE = flags.DEFINE_string("compare", None, "Show how two plans in JSON diffe
 
 
 def main(arguments: list[str]) -> None:
-    if COMPARE.value or arguments[1:]:
-        if not (COMPARE.value and arguments[1:]):
+    if arguments[1:] and not COMPARE.value:
+        raise UserError(f"{arguments[1]!r} is no flag; flags begin with --")
+    if COMPARE.value:
+        if not arguments[1:]:
             raise UserError("two files are compared, as in --compare A.json B.json")
         told = compare.lines(Path(COMPARE.value), Path(arguments[1]))
     elif TABLE.value:
@@ -81,8 +83,9 @@ def plan() -> Iterator[str]:
     topology = machines.parse(TOPOLOGY.value, known) if TOPOLOGY.value else None
     figures: dict[str, Any] = {"config": command_line.config_name(CONFIG)}
     if topology is None:
-        if COMPILE.value:
-            raise UserError("--compile needs --topology, such as --topology=v5p:8x16x16")
+        for flag in (COMPILE, SEARCH, TOKENS, PRICE, PRODUCTS, MEMORY, LINKS):
+            if flag.present:
+                raise UserError(f"--{flag.name} needs --topology, such as --topology=v5p:8x16x16")
         case = Case.without_mesh(config)
         figures |= of_model(case, question)
     else:
