@@ -28,9 +28,10 @@ Made by `python -m benchmarks.compiled_step`; do not edit. The step that trains
 (`training/step.py`), at the layer sizes of DeepSeek-V2-Lite and V3, one dense and two routed layers
 with embedding and head, bf16, rematerialization `none`, is compiled for devices that are not there.
 `planning/compiled.py` counts what one device does: products and collectives, loop bodies as often
-as they run, kernels as their authors declare. Routing is balanced and counted in its first round;
-further rounds count as nothing. A device has one row of 4,096 tokens (2,048 of V3 on v6e, whose
-memory holds no more), which travel in two parts (`model.moe.exchange_parts`).
+as they run, experts' kernels as far as balanced routing fills their buffers, other kernels as their
+authors declare or, for GPU, from their shapes. Only the first round of an exchange counts. A device
+has one row of 4,096 tokens (2,048 of V3 on v6e, whose memory holds no more), which travel in two
+parts (`model.moe.exchange_parts`).
 
 - *operations*: compiled, over what the model needs (`planning/operations.py`).
 - *exchange*: bytes that leave a device in all-to-alls, over one copy of each token for each device

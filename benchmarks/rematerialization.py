@@ -46,12 +46,15 @@ EXCHANGES = ("all_to_all", "ragged_all_to_all")
 ITEMS = {
     "MLA's latents": ("latent",),
     "attention's result, normalizers": ("attention",),
-    "routing: choices and places": tuple(name for name in ROUTED if name not in EXCHANGES),
+    "routing: choices and places": (
+        "slots",
+        *(name for name in ROUTED if name not in EXCHANGES),
+    ),
     "what has come by exchange": EXCHANGES,
     "experts' gate and up products": ("expert_gate_up",),
     "other products": PRODUCTS,
 }
-NAMES = ("latent", "attention", "expert_gate_up")
+NAMES = ("latent", "attention", "slots", "expert_gate_up")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

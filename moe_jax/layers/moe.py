@@ -120,9 +120,11 @@ class MoE(nnx.Module):
                 x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
             )
 
-        # What comes through a barrier is ready before anything goes on. With one at either end,
-        # shared experts run while tokens travel, forward and backward.
-        x_BLD, shared_BLD = jax.lax.optimization_barrier((x_BLD, x_BLD))
+        shared_BLD = x_BLD
+        if self.shared is not None:
+            # What comes through a barrier is ready before anything goes on. With one at either end,
+            # shared experts run while tokens travel, forward and backward.
+            x_BLD, shared_BLD = jax.lax.optimization_barrier((x_BLD, shared_BLD))
         routed_BLD, stats = jax.shard_map(
             region,
             in_specs=(BATCH, BATCH, router_spec, P(), expert_specs, P()),

@@ -102,14 +102,12 @@ def apply_experts(
     axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
     if not axes:
         return _apply_here(
-            x_TD,
-            weights_TK,
+            (x_TD, weights_TK, experts),
             expert_ids_TK,
-            experts,
             balanced,
             all_axes,
             combine_dtype,
-            backends,
+            backends.grouped_matmul,
             rare,
         )
     axis, *inner_axes = axes
@@ -211,13 +209,10 @@ def _in_turn(
     return [j.summed(y_SD) for j, y_SD in zip(journeys, returned, strict=True)], passes
 
 
-def _apply_here(
-    x_TD, weights_TK, expert_ids_TK, experts, balanced, all_axes, combine_dtype, backends, rare
-):
+def _apply_here(inputs, expert_ids_TK, balanced, all_axes, combine_dtype, backend, rare):
     """The same on one device that has all the experts in question."""
-    num_experts, choices = len(experts.down_EFD), expert_ids_TK.size
+    num_experts, choices = len(inputs[2].down_EFD), expert_ids_TK.size
     load = balanced.choices(1)
-    backend = backends.grouped_matmul
     size = grouped_matmul.tile_size(load, backend)
     most = choices // size + min(choices, num_experts)
     wanted = math.ceil(balanced.buffer_factor * num_experts * load / size) + num_experts
@@ -233,7 +228,6 @@ def _apply_here(
         )
         return y_TD.astype(combine_dtype), jnp.ones((), jnp.int32)
 
-    inputs = x_TD, weights_TK, experts
     if num_tiles == most:
         return one_round(0, inputs, tiles, rare)
     rounds = (tiles.used + num_tiles - 1) // num_tiles
