@@ -169,7 +169,8 @@ def lines(compiled: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]
         yield f"            {format_bytes(over)} more than there are"
     if "flops" in compiled:
         yield from _beside_the_plan(compiled, plan)
-    yield "largest buffers:"
+    if compiled["largest"]:
+        yield "largest buffers:"
     for buffer in compiled["largest"]:
         yield f"  {format_bytes(buffer['bytes']):>10}  {buffer['shape']}"
         if buffer["op_name"]:
