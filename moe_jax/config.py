@@ -18,6 +18,9 @@ from ml_collections import ConfigDict, config_dict
 
 MESH_AXES = ("data", "fsdp", "expert_outer", "expert", "tensor", "context", "pipeline")
 DTYPES = ("float32", "bfloat16")
+# Of products with operands of eight bits: `ops/fp8_recipes.py`.
+RECIPES = ("none", "fp8_block", "fp8_tensor", "mxfp8")
+FP8_PARTS = ("attention", "mlp", "experts", "mtp", "dispatch")
 
 
 class UserError(ValueError):
@@ -162,6 +165,17 @@ class PrecisionConfig:
 
     compute_dtype: str = "bfloat16"  # activations and the operands of products
     combine_dtype: str = "float32"  # expert outputs on their way back and in their sum
+    # Of products with operands of eight bits: "fp8_block" (DeepSeek-V3), "fp8_tensor", "mxfp8"; for
+    # "none" operands are `compute_dtype`.
+    recipe: str = "none"
+    # What the recipe covers: the projections of attention, dense and shared feed-forward layers,
+    # routed experts, the projections of multi-token prediction, tokens on their way to experts.
+    fp8_parts: str = "attention,mlp,experts,mtp,dispatch"
+
+    def recipe_of(self, part: str) -> str:
+        """The recipe of one of `FP8_PARTS`, or "none"."""
+        assert part in FP8_PARTS, part
+        return self.recipe if part in self.fp8_parts.split(",") else "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,12 @@ always present, of size 1 where unused, so that no code asks whether an axis exi
 explicit (`AxisType.Explicit`): a wrong or missing sharding is an error when tracing.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
@@ -128,6 +130,26 @@ def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
     scattered along `spec`, so that only a part is summed over the other axes.
     """
     return gather_over(vary(shard), spec, keep=keep)
+
+
+def gather_narrow(shard: jax.Array, spec: P, dtype: jnp.dtype, *, keep: int = 0) -> jax.Array:
+    """`gather_varying` of a float32 parameter, which travels as `dtype`.
+
+    What comes out is float32 again, of narrow values, so that its gradient is float32 from the
+    product that makes it to its reduced parts. It is made to vary once, before it is used, so that
+    this reduction is not made at each use.
+    """
+    gather = functools.partial(gather_varying, spec=spec, keep=keep)
+
+    @jax.custom_vjp
+    def gather_narrow(shard):
+        return gather(shard.astype(dtype)).astype(jnp.float32)
+
+    def backward(shard, gradient):
+        return jax.vjp(gather, shard)[1](gradient)
+
+    gather_narrow.defvjp(lambda shard: (gather_narrow(shard), shard), backward)
+    return gather_narrow(shard)
 
 
 def vary(x: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """Every check of a config: what cannot run is refused in one sentence, before JAX is touched."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +8,10 @@ from ml_collections import ConfigDict
 from moe_jax.config import (
     BACKENDS,
     DTYPES,
+    FP8_PARTS,
     MESH_AXES,
+    RECIPES,
     Config,
-    PrecisionConfig,
     UserError,
     build,
     field_names,
@@ -118,8 +118,16 @@ def check_model(config: Config) -> None:
     for operation, forms in BACKENDS.items():
         known = dict.fromkeys(form for of_platform in forms.values() for form in of_platform)
         _one_of(config, f"model.backends.{operation}", "auto", *known)
-    for field in dataclasses.fields(PrecisionConfig):
-        _one_of(config, f"precision.{field.name}", *DTYPES)
+    _one_of(config, "precision.compute_dtype", *DTYPES)
+    _one_of(config, "precision.combine_dtype", *DTYPES)
+    _one_of(config, "precision.recipe", *RECIPES)
+    parts = config.precision.fp8_parts
+    for part in parts.split(",") if parts else ():
+        if part not in FP8_PARTS:
+            raise UserError(
+                f"config.precision.fp8_parts={parts!r} has {part!r}, which is none of "
+                f"{', '.join(FP8_PARTS)}"
+            )
 
 
 def _check_attention(config: Config) -> None:

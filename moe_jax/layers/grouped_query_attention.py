@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
-from moe_jax.layers.linear import Initializer, Linear
+from moe_jax.layers.linear import Initializer, Linear, product_of
 from moe_jax.ops.attention import attention
 from moe_jax.ops.backends import choose
 from moe_jax.ops.cached_attention import grouped_query_attention
@@ -27,6 +27,7 @@ class GroupedQueryAttention(nnx.Module):
         shared: dict[str, Any] = dict(
             initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
+            product=product_of(precision, "attention"),
             rngs=rngs,
         )
         heads, groups = sizes.num_heads, sizes.num_key_value_heads

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
-from moe_jax.layers.linear import Initializer, Linear, RMSNorm
+from moe_jax.layers.linear import Initializer, Linear, RMSNorm, product_of
 from moe_jax.ops.attention import attention
 from moe_jax.ops.backends import choose
 from moe_jax.ops.cached_attention import absorbed_attention
@@ -33,6 +33,7 @@ class LatentAttention(nnx.Module):
         shared: dict[str, Any] = dict(
             initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
+            product=product_of(precision, "attention"),
             rngs=rngs,
         )
         query_heads = (heads, nope + rope)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import ModelConfig
-from moe_jax.ops.weight_product import weight_product
+from moe_jax.config import ModelConfig, PrecisionConfig
+from moe_jax.ops.fp8_products import Fp8Product
+from moe_jax.ops.fp8_recipes import RECIPES
+from moe_jax.ops.weight_product import Product, plain_product, weight_product
 from moe_jax.sharding import BATCH, P
 
 
@@ -47,6 +49,12 @@ def parameter(
     return nnx.Param(initializer(rngs.params(), shape, fan_in, spec))
 
 
+def product_of(precision: PrecisionConfig, part: str) -> Product:
+    """The product that the recipe has for a part of the model, of `config.FP8_PARTS`."""
+    recipe = precision.recipe_of(part)
+    return plain_product if recipe == "none" else Fp8Product(RECIPES[recipe])
+
+
 class Linear(nnx.Module):
     """A product over the last dims of its input: [..., *in_dims] to [..., *out_dims].
 
@@ -57,6 +65,7 @@ class Linear(nnx.Module):
       initializer: of the weights.
       dtype: of the product's operands; the master weight stays float32.
       output_dtype: of the result; `dtype` if None.
+      product: of x and the whole weight on one device.
     """
 
     def __init__(
@@ -68,8 +77,10 @@ class Linear(nnx.Module):
         initializer: Initializer,
         dtype: jnp.dtype,
         output_dtype: jnp.dtype | None = None,
+        product: Product = plain_product,
         rngs: nnx.Rngs,
     ):
+        self.product = product
         self.num_in_dims = len(in_dims)
         self.dtype = dtype
         self.output_dtype = output_dtype or dtype
@@ -79,7 +90,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return weight_product(
-            x.astype(self.dtype), self.weight[...], self.num_in_dims, self.dtype, self.output_dtype
+            x.astype(self.dtype),
+            self.weight[...],
+            self.num_in_dims,
+            self.output_dtype,
+            self.product,
         )
 
 
@@ -135,4 +150,4 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x times the transposed table, for tied embeddings: [..., dim] to [..., vocab] float32."""
         weight = jnp.transpose(self.weight[...])
-        return weight_product(x.astype(self.dtype), weight, 1, self.dtype, jnp.dtype(jnp.float32))
+        return weight_product(x.astype(self.dtype), weight, 1, jnp.dtype(jnp.float32))

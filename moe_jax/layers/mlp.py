@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.layers.linear import Initializer, Linear
+from moe_jax.config import PrecisionConfig
+from moe_jax.layers.linear import Initializer, Linear, product_of
 
 
 class SwiGLU(nnx.Module):
@@ -18,10 +19,15 @@ class SwiGLU(nnx.Module):
         hidden: int,
         *,
         initializer: Initializer,
-        dtype: jnp.dtype,
+        precision: PrecisionConfig,
         rngs: nnx.Rngs,
     ):
-        shared: dict[str, Any] = dict(initializer=initializer, dtype=dtype, rngs=rngs)
+        shared: dict[str, Any] = dict(
+            initializer=initializer,
+            dtype=jnp.dtype(precision.compute_dtype),
+            product=product_of(precision, "mlp"),
+            rngs=rngs,
+        )
         self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)

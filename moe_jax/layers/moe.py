@@ -1,6 +1,5 @@
 """Routed and shared experts (DeepSeek-V3, section 2.1.2; DeepSeek-V2, section 2.2)."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from moe_jax.layers.linear import Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
 from moe_jax.ops import balance, dispatch, routing
 from moe_jax.ops.backends import choose
+from moe_jax.ops.fp8_recipes import RECIPES
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.ops.placement import physical_ids
 from moe_jax.ops.token_dropping import kept_choices
@@ -74,6 +74,8 @@ class MoE(nnx.Module):
         self.model = config
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
+        self.recipe = RECIPES.get(precision.recipe_of("experts"))
+        self.exchange_fp8 = precision.recipe_of("dispatch") != "none"
         self.router = Router(config, rngs=rngs)
         self.placement: PlacementTable | None = nnx.data(None)
         initializer = Initializer.of(config)
@@ -87,7 +89,7 @@ class MoE(nnx.Module):
                 dim,
                 moe.num_shared_experts * hidden,
                 initializer=initializer,
-                dtype=self.dtype,
+                precision=precision,
                 rngs=rngs,
             )
         else:
@@ -113,8 +115,8 @@ class MoE(nnx.Module):
                 gate, up, down = experts
                 gate_up = jnp.concatenate([gate, up], axis=2)  # while they are small
                 experts = Experts(
-                    _whole(gate_up, expert_specs[0], self.dtype),
-                    _whole(down, expert_specs[2], self.dtype),
+                    sharding.gather_narrow(gate_up, expert_specs[0], self.dtype, keep=1),
+                    sharding.gather_narrow(down, expert_specs[2], self.dtype, keep=1),
                 )
             return self._route_and_apply(
                 x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
@@ -190,7 +192,9 @@ class MoE(nnx.Module):
                 axes=EXPERT_AXES,
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
-                backends=choose(self.model, self.dtype),
+                backends=choose(self.model, self.dtype)._replace(
+                    recipe=self.recipe, exchange_fp8=self.exchange_fp8
+                ),
                 parts=config.exchange_parts if training else 1,
             )
         dropped = jnp.sum(load_E) - jnp.sum(ids_TK < config.num_experts, dtype=jnp.int32)
@@ -199,23 +203,3 @@ class MoE(nnx.Module):
         )
         stats = RoutingStats(load_E, share_E, z, sequence_losses, dropped, rounds)
         return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype), stats
-
-
-def _whole(shard: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
-    """An expert weight's shard, whole in all dims but experts, and varying over the batch's axes.
-
-    It is made varying here, once, so that its gradient is reduced once and not in every round. The
-    narrow form travels. What comes out is float32 again, so that its gradient is, from its product
-    to its parts.
-    """
-    gather = functools.partial(sharding.gather_varying, spec=spec, keep=1)
-
-    @jax.custom_vjp
-    def gather_narrow(shard):
-        return gather(shard.astype(dtype)).astype(jnp.float32)
-
-    def backward(shard, gradient):
-        return jax.vjp(gather, shard)[1](gradient)
-
-    gather_narrow.defvjp(lambda shard: (gather_narrow(shard), shard), backward)
-    return gather_narrow(shard)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig, PrecisionConfig
@@ -87,7 +86,7 @@ class Block(nnx.Module):
                 dim,
                 config.intermediate_size,
                 initializer=Initializer.of(config),
-                dtype=jnp.dtype(precision.compute_dtype),
+                precision=precision,
                 rngs=rngs,
             )
         self.routed = routed

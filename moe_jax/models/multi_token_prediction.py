@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig, PrecisionConfig
-from moe_jax.layers.linear import Initializer, Linear, RMSNorm
+from moe_jax.layers.linear import Initializer, Linear, RMSNorm, product_of
 from moe_jax.layers.moe import RoutingStats
 from moe_jax.models.block import Block, Context
 
@@ -38,6 +38,7 @@ class PredictionModule(nnx.Module):
             ("embed", None),
             initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
+            product=product_of(precision, "mtp"),
             rngs=rngs,
         )
         self.block = Block(config, precision, routed=routed, rngs=rngs)

@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import BACKENDS, ModelConfig, UserError
+from moe_jax.ops.fp8_recipes import Recipe
 
 
 class Backends(NamedTuple):
-    """Of each operation its form, as `config.BACKENDS` names them."""
+    """Of each operation its form, as `config.BACKENDS` names them, and the precision of experts."""
 
     attention: str = "portable"
     grouped_matmul: str = "portable"
     exchange: str = "padded"
+    recipe: Recipe | None = None  # of the experts' products; None: operands are as they come
+    exchange_fp8: bool = False  # what goes to experts has eight bits
+
+
+PORTABLE = Backends()
 
 
 def choose(config: ModelConfig, dtype: jnp.dtype) -> Backends:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from moe_jax.ops import exchange, grouped_matmul, slots
 from moe_jax.ops.backends import Backends
+from moe_jax.ops.fp8_exchange import in_eight_bits
 from moe_jax.ops.grouped_matmul import Experts
 
 
@@ -107,7 +108,7 @@ def apply_experts(
             balanced,
             all_axes,
             combine_dtype,
-            backends.grouped_matmul,
+            backends,
             rare,
         )
     axis, *inner_axes = axes
@@ -141,10 +142,16 @@ def apply_experts(
                 rare=rare,
             )
 
-        tokens = zip(jnp.split(x_TD, parts), jnp.split(weights_TK, parts), *routing, strict=True)
+        in_parts = jnp.split(x_TD, parts), jnp.split(weights_TK, parts)
         journeys = [
-            _Journey.of(x_TD, weights_TK, ids_TK, plan.one_round(number, capacity, axis))
-            for x_TD, weights_TK, ids_TK, plan in tokens
+            _Journey.of(
+                x_TD,
+                weights_TK,
+                ids_TK,
+                plan.one_round(number, capacity, axis),
+                in_fp8=backends.exchange_fp8,
+            )
+            for x_TD, weights_TK, ids_TK, plan in zip(*in_parts, *routing, strict=True)
         ]
         y_TD, passes = _in_turn(journeys, apply)
         return jnp.concatenate(y_TD), jnp.max(jnp.stack(passes))
@@ -157,14 +164,18 @@ class _Journey(NamedTuple):
     """Tokens on their way to the devices of their experts and back.
 
     sent: rows [S, D], and the ids and gate weights of their choices.
+    rows: the way of rows and results, which may be in eight bits.
     """
 
     sent: tuple[jax.Array, jax.Array]
     token_of_slot_S: jax.Array
     round: exchange.Round
+    rows: exchange.Round
 
     @classmethod
-    def of(cls, x_TD, weights_TK, expert_ids_TK, round: exchange.Round) -> "_Journey":
+    def of(
+        cls, x_TD, weights_TK, expert_ids_TK, round: exchange.Round, *, in_fp8: bool
+    ) -> "_Journey":
         token_of_slot_S = slots.choice_of_slot(round.slot_of_TK, round.num_slots)
         token_of_slot_S //= expert_ids_TK.shape[1]
         # One message, of float32, which is exact for ids; 0 is none, as where nothing comes.
@@ -172,10 +183,11 @@ class _Journey(NamedTuple):
         gates_SK = slots.to_slots(weights_TK, token_of_slot_S, round.slot_of_TK)
         choices = jnp.concatenate([ids_SK.astype(jnp.float32), gates_SK], axis=1)
         x_SD = slots.to_slots(x_TD, token_of_slot_S, round.slot_of_TK)
-        return cls((x_SD, choices), token_of_slot_S, round)
+        rows = in_eight_bits(round) if in_fp8 else round
+        return cls((x_SD, choices), token_of_slot_S, round, rows)
 
     def there(self, sent: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return self.round.there(sent[0]), self.round.there(sent[1])
+        return self.rows.there(sent[0]), self.round.there(sent[1])
 
     def summed(self, y_SD: jax.Array) -> jax.Array:
         return slots.from_slots(y_SD, self.token_of_slot_S, self.round.slot_of_TK)
@@ -202,18 +214,18 @@ def _in_turn(
         if following:
             arrived = following.there(sent)
         if applied is not None:
-            returned.append(journeys[i - 1].round.back(applied))
+            returned.append(journeys[i - 1].rows.back(applied))
         applied = working
     applied, returned = jax.lax.optimization_barrier((applied, returned))
-    returned.append(journeys[-1].round.back(applied))
+    returned.append(journeys[-1].rows.back(applied))
     return [j.summed(y_SD) for j, y_SD in zip(journeys, returned, strict=True)], passes
 
 
-def _apply_here(inputs, expert_ids_TK, balanced, all_axes, combine_dtype, backend, rare):
+def _apply_here(inputs, expert_ids_TK, balanced, all_axes, combine_dtype, backends, rare):
     """The same on one device that has all the experts in question."""
     num_experts, choices = len(inputs[2].down_EFD), expert_ids_TK.size
     load = balanced.choices(1)
-    size = grouped_matmul.tile_size(load, backend)
+    size = grouped_matmul.tile_size(load, backends)
     most = choices // size + min(choices, num_experts)
     wanted = math.ceil(balanced.buffer_factor * num_experts * load / size) + num_experts
     num_tiles = min(most, wanted)
@@ -224,7 +236,7 @@ def _apply_here(inputs, expert_ids_TK, balanced, all_axes, combine_dtype, backen
         x_TD, weights_TK, experts = inputs
         here = tiles.window(number * num_tiles, num_tiles, size)
         y_TD = grouped_matmul.swiglu_experts(
-            x_TD, weights_TK, experts, here, num_tiles, size, backend
+            x_TD, weights_TK, experts, here, num_tiles, size, backends
         )
         return y_TD.astype(combine_dtype), jnp.ones((), jnp.int32)
 

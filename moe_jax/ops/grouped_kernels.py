@@ -1,4 +1,4 @@
-"""SwiGLU experts by two grouped products, which TPU and GPU have kernels for.
+"""SwiGLU experts by two grouped products, which TPU and GPU have kernels for, in any precision.
 
 Rows are gathered into slots, and everything between the products is elementwise work on slots. Of
 what lies in slots the first product's result alone is kept for the backward pass, which gathers
@@ -10,13 +10,14 @@ expert, H = 2 F (gate and up side by side), A and B any dims.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops import slots
+from moe_jax.ops import grouped_loops, slots
+from moe_jax.ops.fp8_recipes import Recipe
 from moe_jax.ops.grouped_matmul import Experts, Tiles
 
 # Rows that are summed together, and slots of their tiles.
@@ -63,16 +64,28 @@ class Products(NamedTuple):
     """What a backend provides.
 
     sum_of_slots: (y_SD, slot_of_TK) to [T, D] float32, as in `slots`.
+    keep, restore: what lies in slots as it is kept for the backward pass, and as it was.
+    empty_rows: how an empty slot is gathered, as in `_rows`.
     """
 
     gmm: RowsTimesWeights
     tgmm: RowsTimesRows
     sum_of_slots: Callable[[jax.Array, jax.Array], jax.Array]
+    keep: Callable[[jax.Array], Any] = lambda x: x
+    restore: Callable[[Any, jnp.dtype], jax.Array] = lambda kept, dtype: kept
+    empty_rows: str = "clip"
 
 
 @functools.cache
-def products_of(backend: str) -> Products:
-    """By the kernels for "tpu" or "gpu", which are imported where they are used."""
+def products_of(backend: str, recipe: Recipe | None = None) -> Products:
+    """Of a backend, whose kernels are imported where they are used."""
+    if recipe is not None:
+        from moe_jax.ops import fp8_experts  # which needs the names of this file
+
+        dtype = jnp.dtype(jnp.float32) if backend == "portable" else None
+        return fp8_experts.products(products_of(backend), recipe, dtype)
+    if backend == "portable":
+        return Products(grouped_loops.gmm, grouped_loops.tgmm, slots.sum_of_slots)
     if backend == "tpu":
         from moe_jax.ops import grouped_matmul_tpu
 
@@ -126,18 +139,20 @@ def _swiglu_experts(x_TD, weights_TK, experts, layout, products):
 def _forward(x_TD, weights_TK, experts, layout, products):
     experts = jax.tree.map(lambda w: w.astype(x_TD.dtype), experts)
     gmm = functools.partial(_gmm, layout, products)
-    x_SD, weight_S1 = _rows(x_TD, layout), _weights(weights_TK, layout)
+    x_SD, weight_S1 = _rows(x_TD, layout, products), _weights(weights_TK, layout)
+    opened_SH = gmm(x_SD, experts.gate_up_EDH)
     # The name lets a rematerialization policy keep it.
-    opened_SH = checkpoint_name(gmm(x_SD, experts.gate_up_EDH), "expert_gate_up")
+    kept_SH = jax.tree.map(lambda a: checkpoint_name(a, "expert_gate_up"), products.keep(opened_SH))
     y_SD = gmm(_hidden(opened_SH, weight_S1), experts.down_EFD)
-    kept = x_TD, weights_TK, experts, layout, opened_SH
+    kept = x_TD, weights_TK, experts, layout, kept_SH
     return products.sum_of_slots(y_SD, layout.slot_of_TK), kept
 
 
 def _backward(products, kept, dy_TD):
-    x_TD, weights_TK, experts, layout, opened_SH = kept
+    x_TD, weights_TK, experts, layout, kept_SH = kept
     gmm = functools.partial(_gmm, layout, products, transpose_weights=True)
-    x_SD, dy_SD = _rows(x_TD, layout), _rows(dy_TD.astype(x_TD.dtype), layout)
+    x_SD, dy_SD = (_rows(a.astype(x_TD.dtype), layout, products) for a in (x_TD, dy_TD))
+    opened_SH = products.restore(kept_SH, x_TD.dtype)
     hidden_SF, pull_back = jax.vjp(_hidden, opened_SH, _weights(weights_TK, layout))
     dopened_SH, dweight_S1 = pull_back(gmm(dy_SD, experts.down_EFD))
     dx_SD = gmm(dopened_SH, experts.gate_up_EDH)
@@ -158,12 +173,14 @@ def _hidden(opened_SH: jax.Array, weight_S1: jax.Array) -> jax.Array:
     return (weight_S1 * jax.nn.silu(gate) * up).astype(opened_SH.dtype)
 
 
-def _rows(x_TD: jax.Array, layout: _Layout) -> jax.Array:
-    """The row of each slot, and any row in an empty one.
+def _rows(x_TD: jax.Array, layout: _Layout, products: Products) -> jax.Array:
+    """The row of each slot, and any row ("clip") or zeros ("fill") in an empty one.
 
     A gate weight of zero keeps empty slots out of all gradients, and zeros would cost a pass more.
+    But where slots share scales, any row would change those of others.
     """
-    return x_TD.at[layout.choice_S // layout.slot_of_TK.shape[1]].get(mode="clip")
+    row_S = layout.choice_S // layout.slot_of_TK.shape[1]
+    return x_TD.at[row_S].get(mode=products.empty_rows, fill_value=0)
 
 
 def _weights(weights_TK: jax.Array, layout: _Layout) -> jax.Array:

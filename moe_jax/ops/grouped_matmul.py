@@ -14,17 +14,16 @@ expert, H = 2 F (gate and up side by side).
 """
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops import slots
+from moe_jax.ops import fp8, slots
+from moe_jax.ops.backends import PORTABLE, Backends
+from moe_jax.ops.grouped_loops import dot, over_pieces, read, row_sum, write
 
-LARGEST_PIECE = 1024
 # Of a tile by backend: the smallest, the largest, and how many would be enough for an expert. A
 # matrix unit of a TPU wants long tiles; the GPU's kernels have blocks of this very size.
 TILE_SIZES = {"portable": (8, 64, 16), "tpu": (128, 512, 32), "gpu": (128, 128, 1)}
@@ -66,9 +65,14 @@ class Tiles(NamedTuple):
         return Tiles(jnp.where(inside, slot_of_TK, -1), first_E, end_E - first_E)
 
 
-def tile_size(balanced_load: float, backend: str = "portable") -> int:
-    """Slots of a tile for experts of so many rows each: small beside it, and a power of two."""
-    size, largest, tiles = TILE_SIZES[backend]
+def tile_size(balanced_load: float, backends: Backends = PORTABLE) -> int:
+    """Slots of a tile for experts of so many rows each: small beside it, and a power of two.
+
+    Of operands in eight bits a tile's slots share scales.
+    """
+    size, largest, tiles = TILE_SIZES[backends.grouped_matmul]
+    if backends.recipe is not None:
+        size, largest = max(size, fp8.TILE), max(largest, fp8.TILE)
     while size < largest and size * tiles < balanced_load:
         size *= 2
     return size
@@ -98,7 +102,7 @@ def swiglu_experts(
     tiles: Tiles,
     num_tiles: int,
     size: int,
-    backend: str = "portable",
+    backends: Backends = PORTABLE,
 ) -> jax.Array:
     """The sum over a row's choices of down(weight * silu(gate(x)) * up(x)): [T, D] float32.
 
@@ -109,12 +113,12 @@ def swiglu_experts(
       weights_TK: [rows, top_k] float32, the gate weights.
       experts: float32 of values that x's dtype holds, so that their gradients are float32.
       tiles: all within `num_tiles` tiles of `size` slots.
-      backend: "portable" (the loop below), "tpu" or "gpu" (kernels).
+      backends: "portable" for the loop below, "tpu" or "gpu" for kernels; and a recipe, if any.
     """
-    if backend != "portable":
+    if backends.grouped_matmul != "portable" or backends.recipe is not None:
         from moe_jax.ops import grouped_kernels  # which needs the names of this file
 
-        products = grouped_kernels.products_of(backend)
+        products = grouped_kernels.products_of(backends.grouped_matmul, backends.recipe)
         return grouped_kernels.swiglu_experts(
             x_TD, weights_TK, experts, tiles, num_tiles, size, products
         )
@@ -143,17 +147,17 @@ def _forward(x_TD, weights_TK, experts, layout, size):
 
     def piece(weights, start, rows, filled):
         y_SD, opened_SH = filled
-        choice = _read(layout.choice_S, start, rows)
+        choice = read(layout.choice_S, start, rows)
         opened = slots.take(x_TD, choice // top_k) @ weights.gate_up_EDH
         gate, up = jnp.split(opened.astype(jnp.float32), 2, axis=-1)
         hidden = slots.take(weights_TK.reshape(-1, 1), choice) * jax.nn.silu(gate) * up
         y = hidden.astype(x_TD.dtype) @ weights.down_EFD
-        return _write(y_SD, y, start), _write(opened_SH, opened, start)
+        return write(y_SD, y, start), write(opened_SH, opened, start)
 
     def expert(filled, inputs):
         weights, first, count = inputs
         step = functools.partial(piece, weights)
-        return _pieces(step, filled, first, count, size, num_slots), None
+        return over_pieces(step, filled, first, count, size, num_slots), None
 
     widths = x_TD.shape[1], experts.gate_up_EDH.shape[2]
     filled = tuple(slots.zeros((num_slots, width), x_TD.dtype, x_TD) for width in widths)
@@ -173,22 +177,22 @@ def _backward(size, kept, dy_TD):
 
     def piece(weights, start, rows, filled):
         dx_SD, dweight_S1, d_experts = filled
-        choice = _read(layout.choice_S, start, rows)
+        choice = read(layout.choice_S, start, rows)
         x, dy = slots.take(x_TD, choice // top_k), slots.take(dy_TD, choice // top_k)
         weight = slots.take(weights_TK.reshape(-1, 1), choice)
-        gate, up = jnp.split(_read(opened_SH, start, rows).astype(jnp.float32), 2, axis=-1)
+        gate, up = jnp.split(read(opened_SH, start, rows).astype(jnp.float32), 2, axis=-1)
         sigmoid = jax.nn.sigmoid(gate)
         hidden = gate * sigmoid * up
-        dweighted = _dot(dy, weights.down_EFD, 1, 1)
+        dweighted = dot(dy, weights.down_EFD, 1, 1)
         dhidden = weight * dweighted
         dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         dopened = jnp.concatenate([dgate, dhidden * gate * sigmoid], axis=1).astype(dtype)
         return (
-            _write(dx_SD, _dot(dopened, weights.gate_up_EDH, 1, 1), start),
-            _write(dweight_S1, jnp.sum(dweighted * hidden, axis=1, keepdims=True), start),
+            write(dx_SD, dot(dopened, weights.gate_up_EDH, 1, 1), start),
+            write(dweight_S1, jnp.sum(dweighted * hidden, axis=1, keepdims=True), start),
             Experts(
-                d_experts.gate_up_EDH + _row_sum(x, dopened),
-                d_experts.down_EFD + _row_sum((weight * hidden).astype(dtype), dy),
+                d_experts.gate_up_EDH + row_sum(x, dopened),
+                d_experts.down_EFD + row_sum((weight * hidden).astype(dtype), dy),
             ),
         )
 
@@ -196,7 +200,7 @@ def _backward(size, kept, dy_TD):
         weights, first, count = inputs
         none = jax.tree.map(lambda w: slots.zeros(w.shape, jnp.float32, x_TD), weights)
         step = functools.partial(piece, weights)
-        *filled, d_experts = _pieces(step, (*filled, none), first, count, size, num_slots)
+        *filled, d_experts = over_pieces(step, (*filled, none), first, count, size, num_slots)
         return tuple(filled), d_experts
 
     filled = (
@@ -211,50 +215,3 @@ def _backward(size, kept, dy_TD):
 
 
 _swiglu_experts.defvjp(_forward, _backward)
-
-
-def _pieces(
-    function: Callable[[jax.Array, int, Any], Any],
-    carry: Any,
-    first: jax.Array,
-    count: jax.Array,
-    size: int,
-    num_slots: int,
-) -> Any:
-    """carry = function(start, slots, carry) over pieces of `count` tiles from tile `first` on."""
-    tiles = 1 << (min(LARGEST_PIECE, num_slots) // size).bit_length() - 1
-    while tiles:
-        number = count // tiles
-
-        def body(i, carry, tiles=tiles, first=first):
-            return function((first + i * tiles) * size, tiles * size, carry)
-
-        with jax.named_scope(f"pieces_of_{tiles * size}"):  # for those who count what is compiled
-            carry = jax.lax.fori_loop(0, number, body, carry)
-        first, count = first + number * tiles, count % tiles
-        tiles = 0 if tiles == 1 else max(1, tiles // 4)
-    return carry
-
-
-def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
-    """Summed over these dims, in float32."""
-    dims = (((dim_a,), (dim_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _row_sum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[A, B] float32, the sum over rows of a times b: [rows, A] and [rows, B]."""
-    # Over one dim, a CPU takes the left operand as it lies, which is slow; over two, it is turned
-    # over first, which is quick where it need not be computed at the same time.
-    a, b = jax.lax.optimization_barrier((a, b))
-    a, b = (x.reshape(-1, math.gcd(8, len(x)), x.shape[1]) for x in (a, b))
-    dims = (((0, 1), (0, 1)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _read(x: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, rows)
-
-
-def _write(x: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, piece.astype(x.dtype), start, axis=0)

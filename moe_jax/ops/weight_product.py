@@ -1,71 +1,87 @@
 """The product of activations with a weight that is stored in parts, in float32."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
 
+# (x, whole weight, num_in_dims, output_dtype) -> y, of one device's rows: see `plain_product`.
+Product = Callable[[jax.Array, jax.Array, int, jnp.dtype], jax.Array]
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+
+def plain_product(
+    x: jax.Array, weight: jax.Array, num_in_dims: int, output_dtype: jnp.dtype
+) -> jax.Array:
+    """x times the weight, in x's dtype: [..., *in_dims] and [*in_dims, *out_dims].
+
+    Args:
+      weight: float32 of values that x's dtype holds, so that its gradient is float32 (XLA takes
+        widening and narrowing out again).
+      num_in_dims: how many dims are summed over.
+    """
+    return _product(x, weight, num_in_dims, output_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, weight, num_in_dims, output_dtype):
+    return _forward(x, weight, num_in_dims, output_dtype)[0]
+
+
+def _forward(x, weight, num_in_dims, output_dtype):
+    weight = weight.astype(x.dtype)
+    y = _dot(x, weight, range(x.ndim - num_in_dims, x.ndim), range(num_in_dims), output_dtype)
+    return y, (x, weight)
+
+
+def _backward(num_in_dims, output_dtype, kept, dy):
+    del output_dtype
+    x, weight = kept
+    dy = dy.astype(x.dtype)
+    # A CPU turns x over for the weight's gradient, which is slow where it computes x meanwhile.
+    x = jax.lax.optimization_barrier(x)
+    num_rows = x.ndim - num_in_dims
+    dx = _dot(dy, weight, range(num_rows, dy.ndim), range(num_in_dims, weight.ndim), x.dtype)
+    return dx, _dot(x, dy, range(num_rows), range(num_rows), jnp.float32)
+
+
+_product.defvjp(_forward, _backward)
+
+
 def weight_product(
     x: jax.Array,
     weight: jax.Array,
     num_in_dims: int,
-    dtype: jnp.dtype,
     output_dtype: jnp.dtype,
+    product: Product = plain_product,
 ) -> jax.Array:
     """x times the whole weight: [..., *in_dims] and [*in_dims, *out_dims] to [..., *out_dims].
 
-    Operands are `dtype`, and only that narrow form of the weight travels. The weight's gradient is
-    summed in float32, over the devices as well, and comes out split as the weight is.
+    Only the weight's narrow form travels. Its gradient is float32 from its product on, and each
+    part of it is summed over the devices on its own.
 
     Args:
-      x: [..., *in_dims] `dtype`, rows split over the batch's mesh axes.
+      x: [..., *in_dims], a dim of rows split over the batch's mesh axes; its dtype is the narrow
+        one.
       weight: [*in_dims, *out_dims] float32, split in any way.
       num_in_dims: how many dims are summed over.
-      dtype: of the operands.
       output_dtype: of the result.
+      product: on one device.
     """
-    return _forward(x, weight, num_in_dims, dtype, output_dtype)[0]
+    spec, rows = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
 
+    def region(x, shard):
+        weight = sharding.gather_narrow(shard, spec, x.dtype)
+        return product(x, weight, num_in_dims, output_dtype)
 
-def _forward(x, weight, num_in_dims, dtype, output_dtype):
-    whole = sharding.gather(weight.astype(dtype))
-    y = _dot(x, whole, range(x.ndim - num_in_dims, x.ndim), range(num_in_dims), output_dtype)
-    return y, (x, whole, weight)
-
-
-def _backward(num_in_dims, dtype, output_dtype, kept, dy):
-    del output_dtype
-    x, whole, weight = kept
-    dy = dy.astype(dtype)
-    # A CPU turns x over for the weight's gradient, which is slow where it computes x meanwhile.
-    x = jax.lax.optimization_barrier(x)
-    num_rows = x.ndim - num_in_dims
-    dx = _dot(dy, whole, range(num_rows, dy.ndim), range(num_in_dims, weight.ndim), x.dtype)
-    split = jax.typeof(weight).sharding
-    dw = _dot(x, dy, range(num_rows), range(num_rows), jnp.float32, split)
-    return dx, dw
+    out = sharding.P(*rows[: x.ndim - num_in_dims])
+    return jax.shard_map(region, in_specs=(rows, spec), out_specs=out)(x, weight)
 
 
 def _dot(
-    a: jax.Array,
-    b: jax.Array,
-    dims_a: Sequence[int],
-    dims_b: Sequence[int],
-    dtype: jnp.dtype,
-    out_sharding: jax.sharding.Sharding | None = None,
+    a: jax.Array, b: jax.Array, dims_a: Sequence[int], dims_b: Sequence[int], dtype: jnp.dtype
 ) -> jax.Array:
-    return jax.lax.dot_general(
-        a,
-        b,
-        ((tuple(dims_a), tuple(dims_b)), ((), ())),
-        preferred_element_type=dtype,
-        out_sharding=out_sharding,
-    )
-
-
-weight_product.defvjp(_forward, _backward)
+    dims = ((tuple(dims_a), tuple(dims_b)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)

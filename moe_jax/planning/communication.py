@@ -68,7 +68,9 @@ def _of_weight(case: Case, weight: Weight) -> Iterator[Transfer]:
     gathered = tuple(axis for axis in split if axis not in EXPERT_AXES)
     others = tuple(axis for axis in BATCH_AXES if axis not in split)
     parts, copies = (sharding.num_shards(dict(case.sizes), axes) for axes in (gathered, others))
-    part, passes, losses_of, look_ups = weight.part(case.sizes), 2.0, 1, 0
+    # XLA makes no loop of a single layer, and merges what both of its passes gather.
+    passes = 1.0 if weight.stack and weight.layers == 1 else 2.0
+    part, losses_of, look_ups = weight.part(case.sizes), 1, 0
     if weight.group == "head" or weight.group == "embedding":
         is_head = weight.group == "head" or case.config.model.tie_word_embeddings
         passes, losses_of = (1 / case.micro_batches, losses) if is_head else (0.0, 0)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from moe_jax import sharding
 from moe_jax.config import ModelConfig
 from moe_jax.layers.cache import of_heads, values_per_token
-from moe_jax.ops.backends import choose
+from moe_jax.ops.backends import Backends, choose
 from moe_jax.ops.cross_entropy import CHUNK_LOGITS
+from moe_jax.ops.fp8_recipes import RECIPES
 from moe_jax.ops.grouped_matmul import tile_size
 from moe_jax.planning.case import Case
 from moe_jax.planning.communication import buffer_rows, returned_rows
@@ -148,7 +149,7 @@ def expert_slots(case: Case) -> int:
     moe, devices = case.config.model.moe, sharding.num_shards(case.sizes, EXPERT_AXES)
     here, rows = moe.num_experts // devices, _rows_here(case) // case.parts
     load = case.tokens // case.parts * devices * moe.num_experts_per_tok / moe.num_experts
-    tile = tile_size(load, _backend(case))
+    tile = tile_size(load, _backends(case))
     most = rows * moe.num_experts_per_tok // tile + min(rows * moe.num_experts_per_tok, here)
     tiles = min(most, math.ceil(moe.buffer_factor * here * load / tile) + here)
     return case.parts * tile * tiles
@@ -159,11 +160,12 @@ def _rows_here(case: Case) -> int:
     return round((buffer_rows(case) or [case.tokens])[-1])
 
 
-def _backend(case: Case) -> str:
-    """The form of the experts' products on the platform."""
+def _backends(case: Case) -> Backends:
+    """The forms of operations on the platform."""
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(case.sizes, case.platform)):
-        dtype = jnp.dtype(case.config.precision.compute_dtype)
-        return choose(case.config.model, dtype).grouped_matmul
+        precision = case.config.precision
+        chosen = choose(case.config.model, jnp.dtype(precision.compute_dtype))
+        return chosen._replace(recipe=RECIPES.get(precision.recipe_of("experts")))
 
 
 def _of_one_layer(case: Case) -> dict[str, float]:

@@ -12,6 +12,7 @@ from emulated import make_mesh
 from flax import nnx
 
 from moe_jax import sharding
+from moe_jax.config import PrecisionConfig
 from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.mlp import SwiGLU
 
@@ -145,7 +146,8 @@ def test_a_tied_table_is_the_head_as_well(mesh) -> None:
 
 
 def test_swiglu(mesh) -> None:
-    layer = SwiGLU(6, 10, initializer=HALF, dtype=F32, rngs=nnx.Rngs(0))
+    precision = PrecisionConfig(compute_dtype="float32")
+    layer = SwiGLU(6, 10, initializer=HALF, precision=precision, rngs=nnx.Rngs(0))
     x = _rows(mesh, 4, 3, 6)
     gate, up, down = (_float64(part.weight[...]) for part in (layer.gate, layer.up, layer.down))
     opened = _float64(x) @ gate

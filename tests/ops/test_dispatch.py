@@ -270,7 +270,7 @@ def test_ragged_buffers_are_shared_by_all_sources() -> None:
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_surplus_tiles_go_in_further_rounds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that gets twice its share of choices, in buffers that hold one."""
-    monkeypatch.setattr(grouped_matmul, "tile_size", lambda load, backend: size)
+    monkeypatch.setattr(grouped_matmul, "tile_size", lambda load, backends: size)
     _compiled.cache_clear()
     run = _compiled((("expert", 2),), 1.0)
     both_here = np.tile([4, 5], (TOKENS, 1))

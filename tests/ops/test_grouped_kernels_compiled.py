@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.ops import grouped_matmul
+from moe_jax.ops.backends import Backends
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.planning import topologies
 
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 
 DEVICES, ROWS, TOP_K, EXPERTS = 4, 1024, 2, 4
+TPU = Backends(grouped_matmul="tpu")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def _compile_without_a_tpu() -> None:
 
 def _compiled(topology: str, dtype: str, dim: int, hidden: int) -> str:
     """The text of the gradient of experts in two scanned, rematerialized layers."""
-    size = grouped_matmul.tile_size(ROWS * TOP_K / EXPERTS, "tpu")
+    size = grouped_matmul.tile_size(ROWS * TOP_K / EXPERTS, TPU)
     num_tiles = ROWS * TOP_K // size + EXPERTS
 
     def region(x, weights, ids, experts):
@@ -40,7 +42,7 @@ def _compiled(topology: str, dtype: str, dim: int, hidden: int) -> str:
 
         @jax.checkpoint
         def layer(x, experts):
-            y = grouped_matmul.swiglu_experts(x, weights, experts, tiles, num_tiles, size, "tpu")
+            y = grouped_matmul.swiglu_experts(x, weights, experts, tiles, num_tiles, size, TPU)
             return x + y.astype(x.dtype), None
 
         return jax.lax.scan(layer, x, experts)[0]

@@ -1,0 +1,62 @@
+"""Rows that travel to experts, and gradients to them, in eight bits (DeepSeek-V3, section 3.3.3).
+
+A row's numbers and the exponents of its scales are one message of bytes. What comes back is not
+narrowed: sums of experts, and gradients of what was sent.
+
+Shapes: S rows, D model dim, n tiles of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.ops.exchange import Round
+from moe_jax.ops.fp8 import Quantized
+from moe_jax.ops.fp8_recipes import DISPATCHED, DISPATCHED_GRADIENT, Scaling
+
+FRACTION_BITS = 23  # of a float32
+
+
+def in_eight_bits(round: Round) -> Round:
+    """The same round; rows go there in eight bits, as gradients of what comes back do."""
+
+    @jax.custom_vjp
+    def there(rows_SD):
+        return forward(rows_SD)[0]
+
+    def forward(rows_SD):
+        return _sent(rows_SD, round, DISPATCHED), None
+
+    there.defvjp(forward, lambda _, d_rows: (round.back(d_rows),))
+
+    @jax.custom_vjp
+    def back(rows_SD):
+        return round.back(rows_SD)
+
+    back.defvjp(
+        lambda rows_SD: (round.back(rows_SD), None),
+        lambda _, d_rows: (_sent(d_rows, round, DISPATCHED_GRADIENT),),
+    )
+    return round._replace(there=there, back=back)
+
+
+def _sent(rows_SD: jax.Array, round: Round, scaling: Scaling) -> jax.Array:
+    """What arrives, in the dtype of what was sent."""
+    dim, packed = rows_SD.shape[1], pack(scaling.quantize(rows_SD, 1))
+    return scaling.dequantize(unpack(round.there(packed), dim, scaling), 1, rows_SD.dtype)
+
+
+def pack(x: Quantized) -> jax.Array:
+    """[S, D + n] uint8: values, then the exponents of their scales, which are powers of two."""
+    values_SD = jax.lax.bitcast_convert_type(x.values, jnp.uint8)
+    bits_Sn = jax.lax.bitcast_convert_type(x.scales, jnp.uint32)
+    return jnp.concatenate([values_SD, (bits_Sn >> FRACTION_BITS).astype(jnp.uint8)], axis=1)
+
+
+def unpack(packed: jax.Array, dim: int, scaling: Scaling) -> Quantized:
+    """What was packed. Zero bytes are zeros; a scale that was no number is infinite."""
+    values_SD, exponents_Sn = jnp.split(packed, [dim], axis=1)
+    bits_Sn = exponents_Sn.astype(jnp.uint32) << FRACTION_BITS
+    return Quantized(
+        jax.lax.bitcast_convert_type(values_SD, scaling.dtype),
+        jax.lax.bitcast_convert_type(bits_Sn, jnp.float32),
+    )
