@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_jax.config import PrecisionConfig
 from moe_jax.layers.linear import Initializer, Linear, product_of
+from moe_jax.ops.fp8_products import swiglu
 
 
 class SwiGLU(nnx.Module):
@@ -28,9 +29,11 @@ class SwiGLU(nnx.Module):
             product=product_of(precision, "mlp"),
             rngs=rngs,
         )
+        self.in_fp8 = precision.recipe_of("mlp") != "none"
         self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate(x), self.up(x)
+        return self.down(swiglu(gate, up) if self.in_fp8 else jax.nn.silu(gate) * up)

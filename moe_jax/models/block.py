@@ -40,6 +40,9 @@ REMATERIALIZATION = {
     "latent": _keep((), ("latent", "attention")),
     "full": _keep((), ()),
 }
+# With operands of eight bits "none" keeps no product's result, but what routed rows and SwiGLU's
+# inputs are in eight bits. As in DeepSeek-V3, MLA's up-projections are computed again.
+KEPT_IN_FP8 = _keep(ROUTED, ("latent", "attention", "slots", "expert_gate_up", "gate_up"))
 
 
 class Context(NamedTuple):
@@ -141,12 +144,26 @@ def stack(layers: int, make: Any, rngs: nnx.Rngs) -> Any:
     return make_all(rngs)
 
 
-def scan(stacked: Any, function: Any, carry: Any, xs: Any, rematerialization: str) -> Any:
+def policy_of(rematerialization: str, precision: PrecisionConfig) -> Callable[..., bool]:
+    """What of a layer is kept."""
+    if rematerialization == "none" and precision.recipe != "none":
+        return KEPT_IN_FP8
+    return REMATERIALIZATION[rematerialization]
+
+
+def scan(
+    stacked: Any,
+    function: Any,
+    carry: Any,
+    xs: Any,
+    policy: Callable[..., bool] = REMATERIALIZATION["none"],
+) -> Any:
     """`jax.lax.scan` of function(module, carry, x) over stacked modules, each recomputed by policy.
 
     Args:
       stacked: of `stack`.
       xs: a tree with a leading dim of layers, or None.
+      policy: of `policy_of`.
     """
     graphdef, variables = nnx.split(stacked)
 
@@ -154,7 +171,6 @@ def scan(stacked: Any, function: Any, carry: Any, xs: Any, rematerialization: st
         variables, x = inputs
         return function(nnx.merge(graphdef, variables), carry, x)
 
-    policy = REMATERIALIZATION[rematerialization]
     return jax.lax.scan(
         jax.checkpoint(layer, prevent_cse=False, policy=policy), carry, (variables, xs)
     )

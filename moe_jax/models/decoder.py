@@ -10,7 +10,7 @@ from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
 from moe_jax.layers.linear import Embedding, Initializer, Linear, RMSNorm
 from moe_jax.layers.moe import RouterBias, RoutingStats
-from moe_jax.models.block import Block, Context, make_context, scan, stack
+from moe_jax.models.block import Block, Context, make_context, policy_of, scan, stack
 from moe_jax.models.multi_token_prediction import Ahead, PredictionModule, reaches, shifted
 from moe_jax.ops.cross_entropy import projected_cross_entropy
 
@@ -37,7 +37,7 @@ class Decoder(nnx.Module):
         dim, dense = config.hidden_size, config.first_k_dense_replace
         routed = config.num_hidden_layers - dense
         self.config = config
-        self.rematerialization = rematerialization
+        self.policy = policy_of(rematerialization, precision)
         self.embedding = Embedding(
             config.vocab_size, dim, initializer=initializer, dtype=dtype, rngs=rngs
         )
@@ -114,7 +114,7 @@ class Decoder(nnx.Module):
             return hidden, (hidden, stats)
 
         with jax.named_scope("multi_token_prediction"):
-            _, ahead = scan(self.mtp, depth, hidden, (tokens_ahead, valid), self.rematerialization)
+            _, ahead = scan(self.mtp, depth, hidden, (tokens_ahead, valid), self.policy)
         return Ahead(*ahead)
 
     def prefill(
@@ -129,9 +129,7 @@ class Decoder(nnx.Module):
         context = make_context(segment_ids, positions, self.config, training=False)
         x, entries = self.embedding(tokens), {}
         for name, blocks in self._stacks():
-            x, entries[name] = scan(
-                blocks, lambda block, x, _: block.prefill(x, context), x, None, "none"
-            )
+            x, entries[name] = scan(blocks, lambda block, x, _: block.prefill(x, context), x, None)
         return self.norm(x), entries
 
     def decode(
@@ -156,7 +154,7 @@ class Decoder(nnx.Module):
                 return (x, here.stacked), None
 
             numbers = jnp.arange(jax.tree.leaves(cache[name])[0].shape[0])
-            (x, cache[name]), _ = scan(blocks, layer, (x, cache[name]), numbers, "none")
+            (x, cache[name]), _ = scan(blocks, layer, (x, cache[name]), numbers)
         return self.norm(x), cache
 
     def prefill_ahead(
@@ -255,7 +253,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, RoutingStats | None]:
         if blocks is None:
             return x, None
-        return scan(blocks, lambda block, x, _: block(x, context), x, None, self.rematerialization)
+        return scan(blocks, lambda block, x, _: block(x, context), x, None, self.policy)
 
 
 __all__ = ["Ahead", "Decoder", "RouterBias", "RoutingStats"]

@@ -95,11 +95,14 @@ def _scaled(x: jax.Array, scales: jax.Array, tile: Tile, dtype: jnp.dtype) -> ja
 
 def largest(x: jax.Array, tile: Tile) -> jax.Array:
     """The largest magnitude of each tile, float32."""
-    sizes = _sizes(tile, x.shape)
-    padding = [(0, -dim % size) for dim, size in zip(x.shape, sizes, strict=True)]
-    split = [n for dim, size in zip(x.shape, sizes, strict=True) for n in (-(-dim // size), size)]
-    tiles = jnp.pad(jnp.abs(x.astype(jnp.float32)), padding).reshape(split)
-    return jnp.max(tiles, axis=tuple(range(1, 2 * x.ndim, 2)))
+    magnitudes = jnp.abs(x.astype(jnp.float32))
+    for axis, (size, dim) in enumerate(zip(_sizes(tile, x.shape), x.shape, strict=True)):
+        if size > 1:
+            padding = [(0, -dim % size if other == axis else 0) for other in range(x.ndim)]
+            before, after = magnitudes.shape[:axis], magnitudes.shape[axis + 1 :]
+            tiles = jnp.pad(magnitudes, padding).reshape(*before, -1, size, *after)
+            magnitudes = jnp.max(tiles, axis=axis + 1)
+    return magnitudes
 
 
 def scales_of(

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops.fp8_recipes import Recipe
+from moe_jax.ops.fp8_recipes import KEPT, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,28 @@ def _backward(output_dtype, recipe, kept, dy_TB):
 
 
 _product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up: [..., F]. Both are kept in eight bits, and the gradient is of these."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    kept = [KEPT.quantize(x, x.ndim - 1) for x in (gate, up)]
+    # The name lets a rematerialization policy keep them.
+    kept = jax.tree.map(lambda a: checkpoint_name(a, "gate_up"), kept)
+    return jax.nn.silu(gate) * up, (kept, gate[..., :0])
+
+
+def _swiglu_backward(residuals, d_hidden):
+    kept, like = residuals
+    gate, up = (KEPT.dequantize(x, x.values.ndim - 1, like.dtype) for x in kept)
+    return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](d_hidden)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
