@@ -191,6 +191,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decay_all: bool = False  # True: norms and router decay as well
     clip_norm: float = 1.0  # of the global gradient
+    moments_dtype: str = "float32"  # as they are stored; they are computed in float32
     ema_decay: float = 0.0  # 0: no moving average of the parameters is kept
 
 

@@ -118,6 +118,7 @@ def check_model(config: Config) -> None:
     for operation, forms in BACKENDS.items():
         known = dict.fromkeys(form for of_platform in forms.values() for form in of_platform)
         _one_of(config, f"model.backends.{operation}", "auto", *known)
+    _one_of(config, "optimizer.moments_dtype", *DTYPES)
     _one_of(config, "precision.compute_dtype", *DTYPES)
     _one_of(config, "precision.combine_dtype", *DTYPES)
     _one_of(config, "precision.recipe", *RECIPES)

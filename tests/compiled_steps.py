@@ -71,6 +71,7 @@ def make_config(
     rematerialization: str,
     depth: int = 0,
     parts: int = 1,
+    recipe: str = "none",
     **mesh: int,
 ) -> Config:
     """`rows` of each device and micro-batch."""
@@ -88,6 +89,7 @@ def make_config(
             moe=dataclasses.replace(CONFIG.model.moe, exchange_parts=parts),
         ),
         training=training,
+        precision=dataclasses.replace(CONFIG.precision, recipe=recipe),
     )
 
 
@@ -152,4 +154,5 @@ HELD = {
     "none": make_config(2, 2, "none", data=2, expert_outer=2, expert=2),
     "latent": make_config(2, 1, "latent", depth=2, fsdp=2, expert=4),
     "full": make_config(2, 1, "full", parts=2, fsdp=2, expert=4),
+    "fp8": make_config(2, 1, "none", recipe="fp8_block", fsdp=2, expert=4),
 }

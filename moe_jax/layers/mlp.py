@@ -8,7 +8,8 @@ from flax import nnx
 
 from moe_jax.config import PrecisionConfig
 from moe_jax.layers.linear import Initializer, Linear, product_of
-from moe_jax.ops.fp8_products import swiglu
+from moe_jax.ops.fp8_products import Fp8SwiGLU
+from moe_jax.ops.fp8_recipes import RECIPES
 
 
 class SwiGLU(nnx.Module):
@@ -29,11 +30,15 @@ class SwiGLU(nnx.Module):
             product=product_of(precision, "mlp"),
             rngs=rngs,
         )
-        self.in_fp8 = precision.recipe_of("mlp") != "none"
+        self.recipe = RECIPES.get(precision.recipe_of("mlp"))
         self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
+        if self.recipe is not None:
+            shared["product"] = Fp8SwiGLU(self.recipe)
         self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.gate(x), self.up(x)
-        return self.down(swiglu(gate, up) if self.in_fp8 else jax.nn.silu(gate) * up)
+        if self.recipe is not None:
+            return self.down(jnp.concatenate([gate, up], axis=-1))
+        return self.down(jax.nn.silu(gate) * up)

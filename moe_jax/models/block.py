@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import AttentionConfig, ModelConfig, PrecisionConfig
 from moe_jax.layers.cache import Entries, LayerCache
@@ -36,13 +37,16 @@ def _keep(primitives: tuple[str, ...], names: tuple[str, ...]) -> Callable[..., 
 # kept: those of all layers would stand in memory at once.
 REMATERIALIZATION = {
     "none": _keep(PRODUCTS + ROUTED, ("latent", "attention", "slots", "expert_gate_up")),
-    "minimal": _keep(ROUTED, ("latent", "attention", "slots")),
+    "minimal": _keep(ROUTED, ("latent", "attention", "slots", "arrived")),
     "latent": _keep((), ("latent", "attention")),
     "full": _keep((), ()),
 }
-# With operands of eight bits "none" keeps no product's result, but what routed rows and SwiGLU's
-# inputs are in eight bits. As in DeepSeek-V3, MLA's up-projections are computed again.
-KEPT_IN_FP8 = _keep(ROUTED, ("latent", "attention", "slots", "expert_gate_up", "gate_up"))
+# With operands of eight bits, "none" keeps latents, the result of attention and the stream behind it,
+# and in eight bits routed rows and SwiGLU's inputs. As in DeepSeek-V3, MLA's up-projections are
+# computed again.
+KEPT_IN_FP8 = _keep(
+    ROUTED, ("latent", "attention", "stream", "slots", "arrived", "expert_gate_up", "gate_up")
+)
 
 
 class Context(NamedTuple):
@@ -97,7 +101,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, RoutingStats | None]:
         with jax.named_scope("attention"):
             x += self.attention(self.attention_norm(x), context.segment_ids_BL, context.rotary)
-        return self._feed_forward(x, context)
+        return self._feed_forward(checkpoint_name(x, "stream"), context)
 
     def prefill(self, x: jax.Array, context: Context) -> tuple[jax.Array, Entries]:
         """The stream, and what a cache keeps of each token."""

@@ -8,6 +8,7 @@ Shapes: S rows, D model dim, n tiles of a row.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops.exchange import Round
 from moe_jax.ops.fp8 import Quantized
@@ -42,7 +43,9 @@ def in_eight_bits(round: Round) -> Round:
 def _sent(rows_SD: jax.Array, round: Round, scaling: Scaling) -> jax.Array:
     """What arrives, in the dtype of what was sent."""
     dim, packed = rows_SD.shape[1], pack(scaling.quantize(rows_SD, 1))
-    return scaling.dequantize(unpack(round.there(packed), dim, scaling), 1, rows_SD.dtype)
+    # The name lets a rematerialization policy keep it, which sees no exchange of another gradient.
+    arrived = checkpoint_name(round.there(packed), "arrived")
+    return scaling.dequantize(unpack(arrived, dim, scaling), 1, rows_SD.dtype)
 
 
 def pack(x: Quantized) -> jax.Array:

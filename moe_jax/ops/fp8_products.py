@@ -60,26 +60,52 @@ def _backward(output_dtype, recipe, kept, dy_TB):
 _product.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up: [..., F]. Both are kept in eight bits, and the gradient is of these."""
+@dataclasses.dataclass(frozen=True)
+class Fp8SwiGLU:
+    """The same of silu(gate) * up, whose inputs, and not it, are kept for the backward pass.
+
+    x has gate and up side by side: [..., 2 * inputs of the weight]. They are kept in eight bits,
+    of which the backward pass makes its operand again (DeepSeek-V3, section 3.3.3).
+    """
+
+    recipe: Recipe
+
+    def __call__(
+        self, x: jax.Array, weight: jax.Array, num_in_dims: int, output_dtype: jnp.dtype
+    ) -> jax.Array:
+        assert num_in_dims == weight.ndim - 1 == 1, (num_in_dims, weight.shape)
+        x_TH = x.reshape(-1, x.shape[-1])
+        y_TB: Any = _swiglu_product(x_TH, weight, output_dtype, self.recipe)
+        return y_TB.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _swiglu_product(
+    x_TH: jax.Array, weight_AB: jax.Array, output_dtype: jnp.dtype, recipe: Recipe
+) -> jax.Array:
+    return _swiglu_forward(x_TH, weight_AB, output_dtype, recipe)[0]
+
+
+def _swiglu_forward(x_TH, weight_AB, output_dtype, recipe):
+    # The name lets a rematerialization policy keep it.
+    kept = jax.tree.map(lambda a: checkpoint_name(a, "gate_up"), KEPT.quantize(x_TH, 1))
+    y_TB = _forward(_hidden(x_TH), weight_AB, output_dtype, recipe)[0]
+    return y_TB, (kept, weight_AB, x_TH[:0])
+
+
+def _swiglu_backward(output_dtype, recipe, residuals, dy_TB):
+    kept, weight_AB, like = residuals
+    hidden_TA, pull_back = jax.vjp(_hidden, KEPT.dequantize(kept, 1, like.dtype))
+    dhidden_TA, dweight_AB = _backward(output_dtype, recipe, (hidden_TA, weight_AB), dy_TB)
+    return *pull_back(dhidden_TA), dweight_AB
+
+
+_swiglu_product.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _hidden(x_TH: jax.Array) -> jax.Array:
+    gate, up = jnp.split(x_TH, 2, axis=-1)
     return jax.nn.silu(gate) * up
-
-
-def _swiglu_forward(gate, up):
-    kept = [KEPT.quantize(x, x.ndim - 1) for x in (gate, up)]
-    # The name lets a rematerialization policy keep them.
-    kept = jax.tree.map(lambda a: checkpoint_name(a, "gate_up"), kept)
-    return jax.nn.silu(gate) * up, (kept, gate[..., :0])
-
-
-def _swiglu_backward(residuals, d_hidden):
-    kept, like = residuals
-    gate, up = (KEPT.dequantize(x, x.values.ndim - 1, like.dtype) for x in kept)
-    return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](d_hidden)
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _dot(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:

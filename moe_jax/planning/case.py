@@ -8,8 +8,13 @@ import jax.numpy as jnp
 
 from moe_jax import sharding, validation
 from moe_jax.config import MESH_AXES, Config, MeshConfig
+from moe_jax.ops.fp8 import TILE
 from moe_jax.planning.weights import Weight, weights_of
 from moe_jax.sharding import BATCH_AXES
+
+FLOAT32 = 4
+# The recipe's part that a group's products belong to; others stay as they are.
+PART_OF_GROUP = {"attention": "attention", "dense": "mlp", "shared": "mlp", "routed": "experts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,29 @@ class Case:
     def combine_bytes(self) -> int:
         """Of an expert's result on its way back."""
         return jnp.dtype(self.config.precision.combine_dtype).itemsize
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of each of the optimizer's two moments of a parameter."""
+        return jnp.dtype(self.config.optimizer.moments_dtype).itemsize
+
+    @property
+    def fp8(self) -> bool:
+        """Whether there is a recipe."""
+        return self.config.precision.recipe != "none"
+
+    def in_fp8(self, part: str) -> bool:
+        """Whether a recipe covers this part of the model, of `config.FP8_PARTS`."""
+        return self.config.precision.recipe_of(part) != "none"
+
+    def row_bytes(self, itemsize: int) -> int:
+        """Of a vector on its way to experts, whose numbers have `itemsize` without a recipe."""
+        dim = self.config.model.hidden_size
+        return dim + -(-dim // TILE) if self.in_fp8("dispatch") else dim * itemsize
+
+    def operand_bytes(self, part: str | None) -> float:
+        """Of a number in a product of this part, the scales of tiles counted."""
+        return 1 + FLOAT32 / TILE if part and self.in_fp8(part) else self.compute_bytes
 
     @property
     def dense_layers(self) -> int:

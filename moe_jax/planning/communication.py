@@ -102,13 +102,16 @@ def _of_exchange(case: Case) -> Iterator[Transfer]:
 
     A row goes with the ids and gate weights of its choices. In a layer that is computed again it
     goes again; a module that predicts ahead ends in a norm, which wants the result again as well.
+    What goes there may have eight bits, and what comes back never has.
     """
-    moe, dim = case.config.model.moe, case.config.model.hidden_size
+    moe = case.config.model.moe
     layers = case.routed_layers + case.depth
     again, ahead_again = (0, 0) if keeps_exchanges(case) else (layers, case.depth)
     choices = 2 * moe.num_experts_per_tok * FLOAT32
-    row, result = dim * case.compute_bytes, dim * case.combine_bytes
+    row, result = case.row_bytes(case.compute_bytes), case.row_bytes(case.combine_bytes)
     there = (layers + again) * (row + choices) + layers * result
+    dim = case.config.model.hidden_size
+    row, result = dim * case.compute_bytes, dim * case.combine_bytes
     back = (layers + ahead_again) * result + layers * (row + choices)
     for axis, rows in rows_by_axis(case).items():
         yield Transfer("dispatch", (axis,), "all-to-all", rows * there)

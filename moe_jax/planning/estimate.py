@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from moe_jax.planning import communication
-from moe_jax.planning.case import Case
+from moe_jax.planning.case import PART_OF_GROUP, Case
 from moe_jax.planning.communication import EXCHANGES, FLOAT32, Transfer
 from moe_jax.planning.machines import Topology
 from moe_jax.planning.operations import (
@@ -22,9 +22,6 @@ from moe_jax.planning.operations import (
     training_operations,
 )
 from moe_jax.planning.weights import Weight
-
-# What AdamW reads and writes of each parameter: it, two moments and its gradient; the first three.
-OPTIMIZER_BYTES = 7 * FLOAT32
 
 
 class Efficiency(NamedTuple):
@@ -124,20 +121,35 @@ def step(
         group: 3 * number for group, number in forward_operations(model, parameters, length).items()
     }
     again = recomputed_operations(
-        model, case.weights, length, config.training.rematerialization, case.platform, case.parts
+        model,
+        case.weights,
+        length,
+        config.training.rematerialization,
+        case.platform,
+        case.parts,
+        fp8=case.fp8,
     )
     for group, number in again.items():
         operations[group] = operations.get(group, 0.0) + number
     moved = product_bytes(case)
     bandwidth = machine.memory_bandwidth * efficiency.memory
+    narrow = machine.rate("float8")
+
+    def seconds(group: str, number: float) -> float:
+        part = PART_OF_GROUP.get(group)
+        fast = narrow if part and case.in_fp8(part) else rate
+        return tokens * number / fast / efficiency.products
+
     parts = {
-        group: Part(tokens * number / rate / efficiency.products, moved.get(group, 0.0) / bandwidth)
+        group: Part(seconds(group, number), moved.get(group, 0.0) / bandwidth)
         for group, number in operations.items()
         if number
     }
     trained = sum(weight.part(case.sizes) for weight in case.weights if weight.trained)
+    # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient.
+    updated = 3 * FLOAT32 + 4 * case.moment_bytes
     averages = 2 * FLOAT32 if config.optimizer.ema_decay else 0
-    parts["optimizer"] = Part(0.0, trained * (OPTIMIZER_BYTES + averages) / bandwidth)
+    parts["optimizer"] = Part(0.0, trained * (updated + averages) / bandwidth)
     timed = [
         (t, communication.seconds(t, case.sizes, topology) / efficiency.links)
         for t in communication.transfers(case)
@@ -165,14 +177,21 @@ def product_bytes(case: Case) -> dict[str, float]:
             continue
         experts = [axis for axis in weight.split_over(case.sizes) if axis != "fsdp"]
         whole = weight.size / math.prod(case.sizes[axis] for axis in experts)
-        rows, width = float(case.tokens), sum(_dims(weight))
+        rows = float(case.tokens)
         if weight.group == "routed":
             rows *= case.config.model.moe.num_experts_per_tok
         group = "mtp" if weight.stack == "mtp" else weight.group
-        activations = passes * rows * width * weight.layers * case.compute_bytes
-        weights = passes * whole * case.compute_bytes + 2 * whole * FLOAT32
+        size = case.operand_bytes(PART_OF_GROUP.get(group))
+        activations = passes * rows * weight.layers * _row_bytes(weight, size, case.compute_bytes)
+        weights = passes * whole * size + 2 * whole * FLOAT32
         moved[group] = moved.get(group, 0.0) + (activations + weights) * case.micro_batches
     return moved
+
+
+def _row_bytes(weight: Weight, operand: float, result: float) -> float:
+    """Of a row that a product reads and of what it makes of it."""
+    inputs, outputs = _dims(weight)
+    return inputs * operand + outputs * result
 
 
 def _dims(weight: Weight) -> tuple[int, int]:

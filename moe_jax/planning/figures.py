@@ -55,7 +55,13 @@ def of_model(case: Case, question: Question) -> dict[str, Any]:
     parameters, length = count(case.weights, model), attended(case, question.document)
     forward = forward_operations(model, parameters, length)
     again = recomputed_operations(
-        model, case.weights, length, config.training.rematerialization, case.platform, case.parts
+        model,
+        case.weights,
+        length,
+        config.training.rematerialization,
+        case.platform,
+        case.parts,
+        fp8=case.fp8,
     )
     return {
         "parameters": {

@@ -43,11 +43,11 @@ def memory(case: Case) -> dict[str, float]:
 
 
 def state(case: Case) -> dict[str, float]:
-    """Bytes of the arrays that outlive a step; float32, whatever the precision of products."""
+    """Bytes of the arrays that outlive a step; float32, but for moments as the config has them."""
     parameters = _parts(case, trained=True)
     return {
         "parameters": parameters,
-        "optimizer": 2 * parameters,
+        "optimizer": 2 * parameters * case.moment_bytes / FLOAT32,
         "moving average": parameters if case.config.optimizer.ema_decay else 0.0,
         "router bias": _parts(case, trained=False),
     }
@@ -119,7 +119,9 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
     else:
         latents, value = 0, attention.head_dim
         query, key_value = heads * value, 2 * attention.num_key_value_heads * value
-    products = size * (query + key_value + dim)
+    # With a recipe, the stream behind attention and SwiGLU's inputs (`block.KEPT_IN_FP8`).
+    gate_up = case.operand_bytes("mlp")
+    products = size * (dim if case.fp8 else query + key_value + dim)
     items = {
         "input": tokens * dim * size,
         "latents": tokens * latents * size,
@@ -131,16 +133,17 @@ def layer_items(case: Case, routed: bool) -> dict[str, float]:
     if routed:
         top_k, slots = moe.num_experts_per_tok, expert_slots(case)
         items["routing"] = ((tokens + _rows_here(case)) * top_k + slots) * INT32
-        items["exchange"] = sum(buffer_rows(case)) * (dim * size + 2 * top_k * FLOAT32)
+        items["exchange"] = sum(buffer_rows(case)) * (case.row_bytes(size) + 2 * top_k * FLOAT32)
         if len(returned := returned_rows(case)) == 2:
             # A barrier holds a part's results together with the next part's rows.
             tied = returned[1] * (case.parts - 1) / case.parts
             items["exchange"] += tied * dim * case.combine_bytes
-        items["experts"] = slots * 2 * moe.intermediate_size * size
+        kept = case.operand_bytes("experts")
+        items["experts"] = slots * 2 * moe.intermediate_size * kept
         shared = moe.num_shared_experts * moe.intermediate_size
-        products += 2 * shared * size + moe.num_experts * FLOAT32
+        products += 2 * shared * gate_up + (0 if case.fp8 else moe.num_experts * FLOAT32)
     else:
-        products += 2 * model.intermediate_size * size
+        products += 2 * model.intermediate_size * gate_up
     return items | {"products": tokens * products}
 
 

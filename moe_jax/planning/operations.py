@@ -15,6 +15,10 @@ from moe_jax.planning.weights import GROUPS, Weight, listed
 # kernels have one pass for queries and one for keys and values.
 ATTENTION_AGAIN = {"cpu": (1, 0), "gpu": (2, 1), "tpu": (2, 1)}
 
+LATENTS = {"query_down", "kv_down"}
+# Of attention, and the stream that the last product enters.
+KEPT_RESULTS = LATENTS | {"output"}
+
 
 class Parameters(NamedTuple):
     """How many there are.
@@ -129,6 +133,8 @@ def recomputed_operations(
     rematerialization: str,
     platform: str,
     parts: int = 1,
+    *,
+    fp8: bool = False,
 ) -> dict[str, float]:
     """Operations of a token that the backward pass repeats, by group.
 
@@ -141,6 +147,7 @@ def recomputed_operations(
       parts: in which tokens travel to their experts (`model.moe.exchange_parts`). The barrier
         behind a part holds its results together with the next part's rows, so that the results of
         all but the last part are computed again.
+      fp8: with a recipe, "none" repeats the router's and those that attention's inputs come from.
     """
     of_query, of_value = score_operations(config, length)
     query_again, value_again = ATTENTION_AGAIN[platform]
@@ -151,8 +158,15 @@ def recomputed_operations(
     if config.num_nextn_predict_layers:
         again["mtp"] = config.num_nextn_predict_layers * scores
     if rematerialization == "none":
+        if fp8:
+            for weight in weights:
+                if weight.group == "router" or (
+                    weight.group == "attention" and not KEPT_RESULTS & set(weight.path)
+                ):
+                    group = "mtp" if weight.stack == "mtp" else weight.group
+                    again[group] = again.get(group, 0.0) + 2.0 * weight.size
         return again
-    kept = set() if rematerialization == "full" else {"query_down", "kv_down"}
+    kept = set() if rematerialization == "full" else LATENTS
     for weight in weights:
         group, share = weight.group, 1.0
         if weight.stack is None or group == "other" or kept & set(weight.path):

@@ -55,7 +55,7 @@ class AdamW:
 
     def init(self, parameters: Tree) -> Tree:
         state: Any = self._adam.init(parameters)
-        return {"mu": state.mu, "nu": state.nu}
+        return self._stored({"mu": state.mu, "nu": state.nu})
 
     def update(
         self, gradients: Tree, moments: Tree, parameters: Tree, update: jax.Array
@@ -63,8 +63,13 @@ class AdamW:
         """New parameters and new moments, `update` ([] int32) updates having been done."""
         rate = learning_rate(self._config, self._num_steps, update)
         changes, _ = self._clip.update(gradients, optax.EmptyState())
+        moments = jax.tree.map(lambda moment: moment.astype(jnp.float32), moments)
         state: Any = optax.ScaleByAdamState(count=update, **moments)
         changes, state = self._adam.update(changes, state)
         changes, _ = self._decay.update(changes, self._decay.init(parameters), parameters)
         changes = jax.tree.map(lambda change: -rate * change, changes)
-        return optax.apply_updates(parameters, changes), {"mu": state.mu, "nu": state.nu}
+        moments = self._stored({"mu": state.mu, "nu": state.nu})
+        return optax.apply_updates(parameters, changes), moments
+
+    def _stored(self, moments: Tree) -> Tree:
+        return jax.tree.map(lambda moment: moment.astype(self._config.moments_dtype), moments)

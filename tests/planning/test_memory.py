@@ -16,7 +16,7 @@ from benchmarks import compile_one
 from benchmarks.rematerialization import residual_bytes
 from moe_jax import sharding, validation
 from moe_jax.config import Config, MeshConfig
-from moe_jax.models.block import REMATERIALIZATION
+from moe_jax.models.block import policy_of
 from moe_jax.planning import memory
 from moe_jax.planning.case import Case
 from moe_jax.training.step import make_model
@@ -56,21 +56,26 @@ def test_the_state_is_what_a_run_holds_on_each_device(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "outer", "inner"),
+    ("name", "platform", "outer", "inner", "recipe"),
     [
-        ("deepseek_v2_lite", "tpu", 1, 4),
-        ("deepseek_v2_lite", "gpu", 2, 2),
-        ("mixtral_8x7b", "cpu", 1, 1),
-        ("tiny", "cpu", 2, 2),
+        ("deepseek_v2_lite", "tpu", 1, 4, "none"),
+        ("deepseek_v2_lite", "tpu", 1, 4, "fp8_block"),
+        ("deepseek_v2_lite", "gpu", 2, 2, "none"),
+        ("mixtral_8x7b", "cpu", 1, 1, "none"),
+        ("tiny", "cpu", 2, 2, "none"),
+        ("tiny", "cpu", 2, 2, "fp8_block"),
     ],
 )
-def test_layers_keep_what_jax_keeps(name: str, platform: str, outer: int, inner: int) -> None:
+def test_layers_keep_what_jax_keeps(
+    name: str, platform: str, outer: int, inner: int, recipe: str
+) -> None:
     config = validation.parse(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]())
     devices = outer * inner
     length = config.data.stages[-1].sequence_length
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(fsdp=1, expert_outer=outer, expert=inner),
+        precision=dataclasses.replace(config.precision, recipe=recipe),
         training=dataclasses.replace(
             config.training, tokens_per_step=4 * devices * length, micro_batches=2
         ),
@@ -80,7 +85,7 @@ def test_layers_keep_what_jax_keeps(name: str, platform: str, outer: int, inner:
     assert case.rows == 2
 
     def residual(policy: str) -> float:
-        keep = REMATERIALIZATION[policy]
+        keep = policy_of(policy, config.precision)
         arguments = config.model, config.precision, mesh, 2 * devices, length
         return residual_bytes(*arguments, keep) / devices
 

@@ -154,7 +154,13 @@ def test_the_compiled_step_does_what_is_counted(config: Config) -> None:
     counted = count(case.weights, model)
     needed = training_operations(model, counted, length)
     again = recomputed_operations(
-        model, case.weights, length, config.training.rematerialization, "cpu", case.parts
+        model,
+        case.weights,
+        length,
+        config.training.rematerialization,
+        "cpu",
+        case.parts,
+        fp8=case.fp8,
     )
     operations = (needed + sum(again.values())) * case.tokens * case.micro_batches
     compiled = counts_of(config).operations
