@@ -41,8 +41,8 @@ REMATERIALIZATION = {
     "latent": _keep((), ("latent", "attention")),
     "full": _keep((), ()),
 }
-# With operands of eight bits, "none" keeps latents, the result of attention and the stream behind it,
-# and in eight bits routed rows and SwiGLU's inputs. As in DeepSeek-V3, MLA's up-projections are
+# With operands of eight bits, "none" keeps latents, the result of attention, the stream behind it
+# and, in eight bits, routed rows and SwiGLU's inputs. As in DeepSeek-V3, MLA's up-projections are
 # computed again.
 KEPT_IN_FP8 = _keep(
     ROUTED, ("latent", "attention", "stream", "slots", "arrived", "expert_gate_up", "gate_up")
