@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_dict
 MESH_AXES = ("data", "fsdp", "expert_outer", "expert", "tensor", "context", "pipeline")
 DTYPES = ("float32", "bfloat16")
 # Of products with operands of eight bits: `ops/fp8_recipes.py`.
-RECIPES = ("none", "fp8_block", "fp8_tensor", "mxfp8")
+RECIPES = ("none", "fp8_block", "fp8_tensor", "fp8_delayed", "mxfp8")
 FP8_PARTS = ("attention", "mlp", "experts", "mtp", "dispatch")
 
 
@@ -165,12 +165,22 @@ class PrecisionConfig:
 
     compute_dtype: str = "bfloat16"  # activations and the operands of products
     combine_dtype: str = "float32"  # expert outputs on their way back and in their sum
-    # Of products with operands of eight bits: "fp8_block" (DeepSeek-V3), "fp8_tensor", "mxfp8"; for
-    # "none" operands are `compute_dtype`.
+    # Of products with operands of eight bits: "fp8_block" (DeepSeek-V3), "fp8_tensor",
+    # "fp8_delayed", "mxfp8"; for "none" operands are `compute_dtype`.
     recipe: str = "none"
     # What the recipe covers: the projections of attention, dense and shared feed-forward layers,
     # routed experts, the projections of multi-token prediction, tokens on their way to experts.
     fp8_parts: str = "attention,mlp,experts,mtp,dispatch"
+    # Errors, saturated and flushed shares and scales of operands are logged, by layer.
+    fp8_report: bool = False
+    # A product one of whose operands has a greater relative error takes them as they are from then
+    # on; 0: none does. It needs `fp8_report`.
+    fp8_error_bound: float = 0.0
+
+    @property
+    def fp8_state(self) -> bool:
+        """Whether products remember or report anything."""
+        return self.recipe == "fp8_delayed" or (self.recipe != "none" and self.fp8_report)
 
     def recipe_of(self, part: str) -> str:
         """The recipe of one of `FP8_PARTS`, or "none"."""

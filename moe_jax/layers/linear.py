@@ -10,9 +10,10 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
+from moe_jax.ops import fp8_state
 from moe_jax.ops.fp8_products import Fp8Product
 from moe_jax.ops.fp8_recipes import RECIPES
-from moe_jax.ops.weight_product import Product, plain_product, weight_product
+from moe_jax.ops.weight_product import PLAIN, Product, weight_product
 from moe_jax.sharding import BATCH, P
 
 
@@ -52,7 +53,11 @@ def parameter(
 def product_of(precision: PrecisionConfig, part: str) -> Product:
     """The product that the recipe has for a part of the model, of `config.FP8_PARTS`."""
     recipe = precision.recipe_of(part)
-    return plain_product if recipe == "none" else Fp8Product(RECIPES[recipe])
+    return PLAIN if recipe == "none" else Fp8Product(RECIPES[recipe], precision.fp8_report)
+
+
+class Fp8State(nnx.Variable):
+    """What a product in eight bits remembers (`ops/fp8_state.py`)."""
 
 
 class Linear(nnx.Module):
@@ -77,7 +82,7 @@ class Linear(nnx.Module):
         initializer: Initializer,
         dtype: jnp.dtype,
         output_dtype: jnp.dtype | None = None,
-        product: Product = plain_product,
+        product: Product = PLAIN,
         rngs: nnx.Rngs,
     ):
         self.product = product
@@ -87,6 +92,7 @@ class Linear(nnx.Module):
         self.weight = parameter(
             rngs, (*in_dims, *out_dims), logical_axes, initializer, math.prod(in_dims)
         )
+        self.fp8_state = Fp8State(fp8_state.first()) if product.has_state else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return weight_product(
@@ -95,6 +101,7 @@ class Linear(nnx.Module):
             self.num_in_dims,
             self.output_dtype,
             self.product,
+            None if self.fp8_state is None else self.fp8_state[...],
         )
 
 

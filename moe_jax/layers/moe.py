@@ -8,9 +8,9 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
-from moe_jax.layers.linear import Initializer, parameter
+from moe_jax.layers.linear import Fp8State, Initializer, parameter
 from moe_jax.layers.mlp import SwiGLU
-from moe_jax.ops import balance, dispatch, routing
+from moe_jax.ops import balance, dispatch, fp8_state, routing
 from moe_jax.ops.backends import choose
 from moe_jax.ops.fp8_recipes import RECIPES
 from moe_jax.ops.grouped_matmul import Experts
@@ -75,6 +75,8 @@ class MoE(nnx.Module):
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.combine_dtype = jnp.dtype(precision.combine_dtype)
         self.recipe = RECIPES.get(precision.recipe_of("experts"))
+        reports = self.recipe is not None and precision.fp8_report
+        self.fp8_state = Fp8State(jnp.stack([fp8_state.first()] * 2)) if reports else None
         self.exchange_fp8 = precision.recipe_of("dispatch") != "none"
         self.router = Router(config, rngs=rngs)
         self.placement: PlacementTable | None = nnx.data(None)
@@ -108,8 +110,9 @@ class MoE(nnx.Module):
         bias = None if self.router.bias is None else self.router.bias[...]
         router_spec = jax.typeof(router_weight).sharding.spec
         placement = None if self.placement is None else self.placement[...]
+        fp8 = None if self.fp8_state is None else self.fp8_state[...]
 
-        def region(x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER):
+        def region(x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, fp8):
             with jax.named_scope("gather_experts"):
                 router_weight = sharding.gather_over(router_weight, router_spec)
                 gate, up, down = experts
@@ -117,6 +120,7 @@ class MoE(nnx.Module):
                 experts = Experts(
                     sharding.gather_narrow(gate_up, expert_specs[0], self.dtype, keep=1),
                     sharding.gather_narrow(down, expert_specs[2], self.dtype, keep=1),
+                    None if fp8 is None else sharding.vary(fp8),
                 )
             return self._route_and_apply(
                 x_BLD, valid_BL, router_weight, bias_E, experts, placement_ER, training
@@ -129,9 +133,9 @@ class MoE(nnx.Module):
             x_BLD, shared_BLD = jax.lax.optimization_barrier((x_BLD, shared_BLD))
         routed_BLD, stats = jax.shard_map(
             region,
-            in_specs=(BATCH, BATCH, router_spec, P(), expert_specs, P()),
+            in_specs=(BATCH, BATCH, router_spec, P(), expert_specs, P(), P()),
             out_specs=(BATCH, P()),
-        )(x_BLD, valid_BL, router_weight, bias, experts, placement)
+        )(x_BLD, valid_BL, router_weight, bias, experts, placement, fp8)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 shared_BLD = self.shared(shared_BLD)

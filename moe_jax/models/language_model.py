@@ -1,5 +1,6 @@
 """A decoder with its weights on a mesh, ready to call."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -35,6 +36,8 @@ class LanguageModel:
         router_bias: Tree,
         placement: jax.Array | None = None,
     ):
+        # Recipes are of training: here products are as wide as weights.
+        precision = dataclasses.replace(precision, recipe="none")
         self.config, self.precision, self.mesh = config, precision, mesh
         self.parameters, self.router_bias = parameters, router_bias
         self.placement = {}

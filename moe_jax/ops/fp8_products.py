@@ -17,90 +17,132 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops.fp8_recipes import KEPT, Recipe
+from moe_jax.ops.fp8_state import of_operands, operand, over_devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Product:
-    """A `weight_product.Product` by a recipe."""
+    """A `weight_product.Product` by a recipe.
+
+    reports: its state's gradient says all of `fp8_state`.
+    """
 
     recipe: Recipe
+    reports: bool = False
+
+    @property
+    def has_state(self) -> bool:
+        return self.reports or self.recipe.delayed
 
     def __call__(
-        self, x: jax.Array, weight: jax.Array, num_in_dims: int, output_dtype: jnp.dtype
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        num_in_dims: int,
+        output_dtype: jnp.dtype,
+        state: jax.Array | None,
     ) -> jax.Array:
         rows, out_dims = x.shape[: x.ndim - num_in_dims], weight.shape[num_in_dims:]
         inputs = math.prod(weight.shape[:num_in_dims])
         x_TA, weight_AB = x.reshape(-1, inputs), weight.reshape(inputs, -1)
-        y_TB: Any = _product(x_TA, weight_AB, output_dtype, self.recipe)
+        y_TB: Any = _product(x_TA, weight_AB, state, output_dtype, self.recipe, self.reports)
         return y_TB.reshape(*rows, *out_dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(
-    x_TA: jax.Array, weight_AB: jax.Array, output_dtype: jnp.dtype, recipe: Recipe
+    x_TA: jax.Array,
+    weight_AB: jax.Array,
+    state: jax.Array | None,
+    output_dtype: jnp.dtype,
+    recipe: Recipe,
+    whole: bool,
 ) -> jax.Array:
-    return _forward(x_TA, weight_AB, output_dtype, recipe)[0]
+    return _forward(x_TA, weight_AB, state, output_dtype, recipe, whole)[0]
 
 
-def _forward(x_TA, weight_AB, output_dtype, recipe):
-    x, weight = recipe.activation.rounded(x_TA, 1), recipe.weight.rounded(weight_AB, 0)
-    return _dot(x, weight, 1, 0).astype(output_dtype), (x_TA, weight_AB)
+def _forward(x_TA, weight_AB, state, output_dtype, recipe, whole):
+    del whole
+    x = operand(x_TA, recipe.activation, 1, _row(state, 0), recipe)
+    weight = operand(weight_AB, recipe.weight, 0, _row(state, 1), recipe)
+    return _dot(x, weight, 1, 0).astype(output_dtype), (x_TA, weight_AB, state)
 
 
-def _backward(output_dtype, recipe, kept, dy_TB):
+def _backward(output_dtype, recipe, whole, kept, dy_TB):
     del output_dtype
-    x_TA, weight_AB = kept
-    dy, weight = recipe.gradient.rounded(dy_TB, 1), recipe.weight.rounded(weight_AB, 1)
+    x_TA, weight_AB, state = kept
+    rows: list[Any] = [_row(state, i) for i in range(3)]
+    dy = operand(dy_TB, recipe.gradient, 1, rows[2], recipe)
+    weight = operand(weight_AB, recipe.weight, 1, rows[1], recipe)
     dx_TA = _dot(dy, weight, 1, 1).astype(x_TA.dtype)
     # As DeepSeek has it, x is turned over from eight bits: scaled anew along the other dim.
-    x = recipe.activation.rounded(recipe.activation.rounded(x_TA, 1), 0)
-    return dx_TA, _dot(x, recipe.gradient.rounded(dy_TB, 0), 0, 0)
+    x = operand(x_TA, recipe.activation, 1, rows[0], recipe)
+    x = operand(x, recipe.activation, 0, rows[0], recipe)
+    dy = operand(dy_TB, recipe.gradient, 0, rows[2], recipe)
+    reports = None
+    if state is not None:
+        operands = (x_TA, 1), (weight_AB, 0), (dy_TB, 1)
+        reports = over_devices(of_operands(operands, state, recipe, whole=whole))
+    return dx_TA, _dot(x, dy, 0, 0), reports
 
 
 _product.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8SwiGLU:
+class Fp8SwiGLU(Fp8Product):
     """The same of silu(gate) * up, whose inputs, and not it, are kept for the backward pass.
 
     x has gate and up side by side: [..., 2 * inputs of the weight]. They are kept in eight bits,
     of which the backward pass makes its operand again (DeepSeek-V3, section 3.3.3).
     """
 
-    recipe: Recipe
-
     def __call__(
-        self, x: jax.Array, weight: jax.Array, num_in_dims: int, output_dtype: jnp.dtype
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        num_in_dims: int,
+        output_dtype: jnp.dtype,
+        state: jax.Array | None,
     ) -> jax.Array:
         assert num_in_dims == weight.ndim - 1 == 1, (num_in_dims, weight.shape)
         x_TH = x.reshape(-1, x.shape[-1])
-        y_TB: Any = _swiglu_product(x_TH, weight, output_dtype, self.recipe)
+        y_TB: Any = _swiglu_product(x_TH, weight, state, output_dtype, self.recipe, self.reports)
         return y_TB.reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _swiglu_product(
-    x_TH: jax.Array, weight_AB: jax.Array, output_dtype: jnp.dtype, recipe: Recipe
+    x_TH: jax.Array,
+    weight_AB: jax.Array,
+    state: jax.Array | None,
+    output_dtype: jnp.dtype,
+    recipe: Recipe,
+    whole: bool,
 ) -> jax.Array:
-    return _swiglu_forward(x_TH, weight_AB, output_dtype, recipe)[0]
+    return _swiglu_forward(x_TH, weight_AB, state, output_dtype, recipe, whole)[0]
 
 
-def _swiglu_forward(x_TH, weight_AB, output_dtype, recipe):
+def _swiglu_forward(x_TH, weight_AB, state, output_dtype, recipe, whole):
     # The name lets a rematerialization policy keep it.
     kept = jax.tree.map(lambda a: checkpoint_name(a, "gate_up"), KEPT.quantize(x_TH, 1))
-    y_TB = _forward(_hidden(x_TH), weight_AB, output_dtype, recipe)[0]
-    return y_TB, (kept, weight_AB, x_TH[:0])
+    y_TB = _forward(_hidden(x_TH), weight_AB, state, output_dtype, recipe, whole)[0]
+    return y_TB, (kept, weight_AB, state, x_TH[:0])
 
 
-def _swiglu_backward(output_dtype, recipe, residuals, dy_TB):
-    kept, weight_AB, like = residuals
+def _swiglu_backward(output_dtype, recipe, whole, residuals, dy_TB):
+    kept, weight_AB, state, like = residuals
     hidden_TA, pull_back = jax.vjp(_hidden, KEPT.dequantize(kept, 1, like.dtype))
-    dhidden_TA, dweight_AB = _backward(output_dtype, recipe, (hidden_TA, weight_AB), dy_TB)
-    return *pull_back(dhidden_TA), dweight_AB
+    kept = hidden_TA, weight_AB, state
+    dhidden_TA, dweight_AB, reports = _backward(output_dtype, recipe, whole, kept, dy_TB)
+    return *pull_back(dhidden_TA), dweight_AB, reports
 
 
 _swiglu_product.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _row(state: jax.Array | None, number: int) -> jax.Array | None:
+    return None if state is None else state[number]
 
 
 def _hidden(x_TH: jax.Array) -> jax.Array:

@@ -34,10 +34,16 @@ class Scaling:
         tile = self.tile(x.ndim, summed_dim)
         return fp8.quantize(x, tile, self.dtype, power_of_two=self.power_of_two, least=self.least)
 
-    def rounded(self, x: jax.Array, summed_dim: int) -> jax.Array:
-        """The float32 numbers that `quantize` makes of x."""
+    def rounded(self, x: jax.Array, summed_dim: int, scales: jax.Array | None = None) -> jax.Array:
+        """The float32 numbers that `quantize` makes of x, or those by given scales."""
         tile = self.tile(x.ndim, summed_dim)
-        return fp8.rounded(x, tile, self.dtype, power_of_two=self.power_of_two, least=self.least)
+        scales = self.scales_of(fp8.largest(x, tile)) if scales is None else scales
+        return fp8.rounded(x, tile, self.dtype, scales=scales)
+
+    def scales_of(self, largest: jax.Array) -> jax.Array:
+        """Of tiles with these largest magnitudes."""
+        options = {"power_of_two": self.power_of_two, "least": self.least}
+        return fp8.scales_of(largest, self.dtype, **options)
 
     def dequantize(self, x: Quantized, summed_dim: int, dtype: jnp.dtype) -> jax.Array:
         return fp8.dequantize(x, self.tile(x.values.ndim, summed_dim), dtype)
@@ -50,11 +56,14 @@ class Recipe:
     activation: times `weight` in the forward product, times `gradient` in the weight's gradient.
     weight: the same numbers in the forward product and in the input's gradient.
     gradient: of the result; times `weight` in the input's gradient.
+    delayed: scales are of the largest numbers of the last batches. Experts' products, which rows
+      reach in rounds, have current ones all the same.
     """
 
     activation: Scaling
     weight: Scaling
     gradient: Scaling
+    delayed: bool = False
 
 
 # DeepSeek's kernels take 1e-4 for the least of the largest numbers. Gradients here are of a loss
@@ -67,8 +76,10 @@ _MX = Scaling(1, 32, power_of_two=True)
 RECIPES = {
     # DeepSeek-V3, section 3.3.2: 1x128 along the summed dim, 128x128 for weights, E4M3 throughout.
     "fp8_block": Recipe(_TILES, Scaling(TILE, TILE, least=_LEAST), Scaling(1, TILE)),
-    # One scale a tensor, and a wider format for gradients (Micikevicius et al. 2022).
+    # One scale a tensor, and a wider format for gradients (Micikevicius et al. 2022); of its own
+    # largest number, or of the last batches'.
     "fp8_tensor": Recipe(_WHOLE, _WHOLE, Scaling(None, None, E5M2)),
+    "fp8_delayed": Recipe(_WHOLE, _WHOLE, Scaling(None, None, E5M2), delayed=True),
     # OCP's microscaling formats (2023), with the exponent rounded up so that nothing saturates
     # (Mishra et al. 2025).
     "mxfp8": Recipe(_MX, _MX, _MX),

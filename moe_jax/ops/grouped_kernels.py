@@ -66,6 +66,7 @@ class Products(NamedTuple):
     sum_of_slots: (y_SD, slot_of_TK) to [T, D] float32, as in `slots`.
     keep, restore: what lies in slots as it is kept for the backward pass, and as it was.
     empty_rows: how an empty slot is gathered, as in `_rows`.
+    report: where products take a state of `fp8_state`, the three operands' reports of it.
     """
 
     gmm: RowsTimesWeights
@@ -74,6 +75,7 @@ class Products(NamedTuple):
     keep: Callable[[jax.Array], Any] = lambda x: x
     restore: Callable[[Any, jnp.dtype], jax.Array] = lambda kept, dtype: kept
     empty_rows: str = "clip"
+    report: Callable[..., jax.Array] | None = None
 
 
 @functools.cache
@@ -137,14 +139,15 @@ def _swiglu_experts(x_TD, weights_TK, experts, layout, products):
 
 
 def _forward(x_TD, weights_TK, experts, layout, products):
-    experts = jax.tree.map(lambda w: w.astype(x_TD.dtype), experts)
+    gate_up_EDH, down_EFD = (w.astype(x_TD.dtype) for w in experts[:2])
     gmm = functools.partial(_gmm, layout, products)
     x_SD, weight_S1 = _rows(x_TD, layout, products), _weights(weights_TK, layout)
-    opened_SH = gmm(x_SD, experts.gate_up_EDH)
+    first, last = (None, None) if experts.state is None else experts.state
+    opened_SH = gmm(x_SD, gate_up_EDH, state=first)
     # The name lets a rematerialization policy keep it.
     kept_SH = jax.tree.map(lambda a: checkpoint_name(a, "expert_gate_up"), products.keep(opened_SH))
-    y_SD = gmm(_hidden(opened_SH, weight_S1), experts.down_EFD)
-    kept = x_TD, weights_TK, experts, layout, kept_SH
+    y_SD = gmm(_hidden(opened_SH, weight_S1), down_EFD, state=last)
+    kept = x_TD, weights_TK, Experts(gate_up_EDH, down_EFD, experts.state), layout, kept_SH
     return products.sum_of_slots(y_SD, layout.slot_of_TK), kept
 
 
@@ -154,10 +157,18 @@ def _backward(products, kept, dy_TD):
     x_SD, dy_SD = (_rows(a.astype(x_TD.dtype), layout, products) for a in (x_TD, dy_TD))
     opened_SH = products.restore(kept_SH, x_TD.dtype)
     hidden_SF, pull_back = jax.vjp(_hidden, opened_SH, _weights(weights_TK, layout))
-    dopened_SH, dweight_S1 = pull_back(gmm(dy_SD, experts.down_EFD))
-    dx_SD = gmm(dopened_SH, experts.gate_up_EDH)
+    first, last = (None, None) if experts.state is None else experts.state
+    dopened_SH, dweight_S1 = pull_back(gmm(dy_SD, experts.down_EFD, state=last))
+    dx_SD = gmm(dopened_SH, experts.gate_up_EDH, state=first)
     tgmm = functools.partial(_tgmm, layout, products, len(experts.down_EFD))
-    d_experts = Experts(tgmm(x_SD, dopened_SH), tgmm(hidden_SF, dy_SD))
+    d_experts = Experts(tgmm(x_SD, dopened_SH, state=first), tgmm(hidden_SF, dy_SD, state=last))
+    if products.report is not None and experts.state is not None:
+        of_both = (x_SD, experts.gate_up_EDH, dopened_SH), (hidden_SF, experts.down_EFD, dy_SD)
+        reports = [
+            products.report(*operands, state, layout.expert_of_tile_N, layout.used)
+            for operands, state in zip(of_both, experts.state, strict=True)
+        ]
+        d_experts = d_experts._replace(state=jnp.stack(reports))
     dx_TD = products.sum_of_slots(dx_SD, layout.slot_of_TK).astype(x_TD.dtype)
     dweights_TK = slots.take(dweight_S1[:, 0], layout.slot_of_TK)
     return dx_TD, dweights_TK, d_experts, None
@@ -187,12 +198,15 @@ def _weights(weights_TK: jax.Array, layout: _Layout) -> jax.Array:
     return slots.take(weights_TK.reshape(-1, 1), layout.choice_S)
 
 
-def _gmm(layout, products, x, w, **options):
+def _gmm(layout, products, x, w, *, state, **options):
+    if state is not None:
+        options["state"] = state
     return products.gmm(x, w, layout.expert_of_tile_N, layout.used, **options)
 
 
-def _tgmm(layout, products, num_experts, x, y):
-    return products.tgmm(x, y, layout.expert_of_tile_N, layout.used, num_experts)
+def _tgmm(layout, products, num_experts, x, y, *, state):
+    options = {} if state is None else {"state": state}
+    return products.tgmm(x, y, layout.expert_of_tile_N, layout.used, num_experts, **options)
 
 
 def sum_by_product(tgmm: RowsTimesRows, y_SD: jax.Array, slot_of_TK: jax.Array) -> jax.Array:

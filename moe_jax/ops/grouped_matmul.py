@@ -34,10 +34,12 @@ class Experts(NamedTuple):
 
     gate_up_EDH: [experts, model dim, 2 * hidden], gate first.
     down_EFD: [experts, hidden, model dim].
+    state: [2, 3, WIDTH] of `fp8_state`, of the first products and of the last ones; None without.
     """
 
     gate_up_EDH: jax.Array
     down_EFD: jax.Array
+    state: jax.Array | None = None
 
 
 class Tiles(NamedTuple):

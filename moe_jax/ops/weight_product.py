@@ -1,28 +1,57 @@
 """The product of activations with a weight that is stored in parts, in float32."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
 
-# (x, whole weight, num_in_dims, output_dtype) -> y, of one device's rows: see `plain_product`.
-Product = Callable[[jax.Array, jax.Array, int, jnp.dtype], jax.Array]
 
+class Product(Protocol):
+    """x times the whole weight on one device: [..., *in_dims] and [*in_dims, *out_dims].
 
-def plain_product(
-    x: jax.Array, weight: jax.Array, num_in_dims: int, output_dtype: jnp.dtype
-) -> jax.Array:
-    """x times the weight, in x's dtype: [..., *in_dims] and [*in_dims, *out_dims].
-
-    Args:
-      weight: float32 of values that x's dtype holds, so that its gradient is float32 (XLA takes
-        widening and narrowing out again).
-      num_in_dims: how many dims are summed over.
+    weight: float32 of values that x's dtype holds, so that its gradient is float32 (XLA takes
+      widening and narrowing out again).
+    num_in_dims: how many dims are summed over.
+    state: [3, WIDTH] of `fp8_state` if `has_state`.
     """
-    return _product(x, weight, num_in_dims, output_dtype)
+
+    @property
+    def has_state(self) -> bool: ...
+
+    def __call__(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        num_in_dims: int,
+        output_dtype: jnp.dtype,
+        state: jax.Array | None,
+    ) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainProduct:
+    """In x's dtype."""
+
+    has_state: bool = False
+
+    def __call__(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        num_in_dims: int,
+        output_dtype: jnp.dtype,
+        state: jax.Array | None,
+    ) -> jax.Array:
+        del state
+        return _product(x, weight, num_in_dims, output_dtype)
+
+
+PLAIN = PlainProduct()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -55,7 +84,8 @@ def weight_product(
     weight: jax.Array,
     num_in_dims: int,
     output_dtype: jnp.dtype,
-    product: Product = plain_product,
+    product: Product = PLAIN,
+    state: jax.Array | None = None,
 ) -> jax.Array:
     """x times the whole weight: [..., *in_dims] and [*in_dims, *out_dims] to [..., *out_dims].
 
@@ -69,15 +99,18 @@ def weight_product(
       num_in_dims: how many dims are summed over.
       output_dtype: of the result.
       product: on one device.
+      state: of the product; its gradient is a report.
     """
     spec, rows = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
 
-    def region(x, shard):
+    def region(x, shard, state):
         weight = sharding.gather_narrow(shard, spec, x.dtype)
-        return product(x, weight, num_in_dims, output_dtype)
+        return product(x, weight, num_in_dims, output_dtype, state)
 
     out = sharding.P(*rows[: x.ndim - num_in_dims])
-    return jax.shard_map(region, in_specs=(rows, spec), out_specs=out)(x, weight)
+    return jax.shard_map(region, in_specs=(rows, spec, sharding.P()), out_specs=out)(
+        x, weight, state
+    )
 
 
 def _dot(

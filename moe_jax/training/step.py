@@ -6,6 +6,8 @@ The state is nested dicts of arrays:
   optimizer: {"mu", "nu"}, each like parameters.
   ema: like parameters; only if the config asks for it.
   step: [] int32, batches seen; it advances on a skipped update.
+  fp8: [layers, 3, ...] float32 in a tree of the model's names, what products in eight bits remember
+    (`ops/fp8_state.py`); only if the recipe has it so.
   update: [] int32, updates made; it drives moments and schedules.
 """
 
@@ -19,9 +21,10 @@ import optax
 from flax import nnx
 
 from moe_jax.config import Config
+from moe_jax.layers.linear import Fp8State
 from moe_jax.models.decoder import Decoder, RouterBias, RoutingStats
 from moe_jax.models.multi_token_prediction import reaches, shifted
-from moe_jax.ops import balance
+from moe_jax.ops import balance, fp8_state
 from moe_jax.training.optimizer import AdamW, learning_rate
 
 Tree = Any
@@ -46,7 +49,7 @@ def graph(config: Config) -> nnx.GraphDef:
 
 def init_state(config: Config) -> Tree:
     """The state before the first step. Jit it, so that each device makes its own part only."""
-    _, parameters, router_bias = nnx.split(make_model(config), nnx.Param, RouterBias)
+    _, parameters, router_bias, _ = nnx.split(make_model(config), nnx.Param, RouterBias, Fp8State)
     return first_state(config, nnx.to_pure_dict(parameters), nnx.to_pure_dict(router_bias))
 
 
@@ -59,6 +62,9 @@ def first_state(config: Config, parameters: Tree, router_bias: Tree) -> Tree:
         "step": jnp.zeros((), jnp.int32),
         "update": jnp.zeros((), jnp.int32),
     }
+    if config.precision.fp8_state:
+        shapes = nnx.state(nnx.eval_shape(lambda: make_model(config)), Fp8State)
+        state["fp8"] = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(shapes))
     if config.optimizer.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, parameters)
     return state
@@ -80,9 +86,9 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         if field.name.endswith("_loss_weight")
     }
 
-    def loss_fn(parameters, router_bias, batch, scale):
+    def loss_fn(trained, router_bias, batch, scale):
         """The micro-batch's part of the objective; its parts by name; the routing of its tokens."""
-        model = nnx.merge(graphdef, parameters, router_bias)
+        model = nnx.merge(graphdef, *trained, router_bias)
         inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
         hidden, stats = model.hidden_states(*inputs, training=True)
         loss = model.loss(hidden, batch["targets"], batch["loss_weights"])
@@ -112,17 +118,18 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         )
 
         def micro_step(total, micro_batch):
-            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state["parameters"], state["router_bias"], micro_batch, scale
+            trained = state["parameters"], state.get("fp8", {})
+            (_, aux), (grads, reports) = jax.value_and_grad(loss_fn, has_aux=True)(
+                trained, state["router_bias"], micro_batch, scale
             )
-            return jax.tree.map(jnp.add, total, grads), aux
+            return jax.tree.map(jnp.add, total, grads), (aux, reports)
 
         zeros = jax.tree.map(jnp.zeros_like, state["parameters"])
-        grads, (losses, routed) = jax.lax.scan(micro_step, zeros, batch)
-        return grads, jax.tree.map(jnp.sum, losses), routed
+        grads, ((losses, routed), reports) = jax.lax.scan(micro_step, zeros, batch)
+        return grads, jax.tree.map(jnp.sum, losses), routed, fp8_state.combined(reports)
 
     def train_step(state, batch):
-        grads, losses, routed = gradients(state, batch)
+        grads, losses, routed, reports = gradients(state, batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             parameters, moments = optimizer.update(
@@ -163,6 +170,11 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
             }
         dropped = [jnp.sum(stats.dropped) for stats in routed.values()]
         metrics["dropped_tokens"] = sum(dropped, start=jnp.zeros((), jnp.int32))
+        if "fp8" in state:
+            bound = config.precision.fp8_error_bound
+            new["fp8"] = fp8_state.updated(state["fp8"], reports, bound)
+        if config.precision.fp8_report:
+            metrics |= fp8_state.metrics(reports, new["fp8"])
         if "ema" in state:
             new["ema"] = optax.incremental_update(
                 parameters, state["ema"], 1.0 - config.optimizer.ema_decay
@@ -241,7 +253,8 @@ def make_eval_step(config: Config) -> Callable[[Tree, Batch], tuple[jax.Array, j
 
     def eval_step(state, batch):
         batch = jax.tree.map(lambda x: x[0], batch)
-        model = nnx.merge(graphdef, state["parameters"], state["router_bias"])
+        trees = state["parameters"], state["router_bias"], state.get("fp8", {})
+        model = nnx.merge(graphdef, *trees)
         hidden, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
         loss = model.loss(hidden, batch["targets"], batch["loss_weights"])
         return loss, jnp.sum(batch["loss_weights"])
