@@ -221,10 +221,12 @@ def _total(scales, once, for_each_step, half):
 
         # Between loops the compiler moves nothing. It would start to multiply the next piece before
         # it has added this one, and be short of registers.
-        return tuple(
+        totals = tuple(
             jax.lax.fori_loop(0, once, lambda _, total, i=i: add(i * PIECE, total), total)
             for i, total in enumerate(totals)
         )
+        plgpu.commit_smem()  # what was read here comes before the copy of the next scales
+        return totals
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS_EACH, PIECE), jnp.float32), plgpu.Layout.WGMMA)
     return for_each_step(step, (zeros,) * (COLUMNS // PIECE))
