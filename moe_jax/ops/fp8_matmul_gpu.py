@@ -5,11 +5,10 @@ Both operands lie with the summed dim last, as the tensor cores want FP8, and ha
 the result in float32 ("promotion", section 3.3.2 of the report), by one of the two multiplying warp
 groups of `blocks_gpu` while the other multiplies. A step is 128 of the sum.
 
-In a step the tensor cores take 1,024 cycles for a block of 128 x 256. Promotion takes 256 cycles of
-the float32 units if a scale belongs to all columns (a product and sum for each element), and 512 if
-each has its own, and to start from zero takes 256 instructions more: it hides behind the products.
-A thread holds the sums of 64 x 256 in 128 registers, so that what the tensor cores are at must be
-half as wide: 64 registers of the 232 that it has.
+In a step the tensor cores take 1,024 cycles for a block of 128 x 256. Promotion takes the units for
+float32 256 of them if a scale belongs to all columns (a fused product and sum for each element),
+and 512 if each has its own: it hides behind the products. A thread holds its sums in 128 registers
+of the 232 that it has, so that what the tensor cores are at is half as wide, 64 registers.
 
 Shapes: S slots in N tiles, E experts, A summed dim of the forward product, B its result's dim; K, L
 and M blocks of 128 of A, B and S.
@@ -107,7 +106,7 @@ def gmm_fp8(
 
     return call(
         matmul_fp8,
-        (expert_of_tile_N, used[None], w_scales_ELK, x_SA, w_EBA, x_scales_SK.T),
+        (expert_of_tile_N, used[None], w_scales_ELK, _whole(x_SA), _whole(w_EBA), x_scales_SK.T),
         buffers=[*_operand_buffers(4), plgpu.SMEM((4, ROWS), jnp.float32)],
         out=((num_slots, num_columns), dtype),
         interpret=interpret,
@@ -195,6 +194,11 @@ def tgmm_fp8(
     )
 
 
+def _whole(x):
+    """With zeros up to whole blocks of the last dim: copies cut no row that memory swizzles."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SCALED)])
+
+
 def _total(scales, once, for_each_step, half):
     """The sum of all steps, each times its scales, in pieces.
 
@@ -234,7 +238,7 @@ def _total(scales, once, for_each_step, half):
 
 def _load(ref, reduced):
     """The values for rows (reduced 1) or columns (0) of a piece, where its elements are."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(reduced), optimized=False)
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(reduced))
 
 
 def _along(scales, dim):
@@ -255,9 +259,8 @@ def obstacle(dims: Sequence[int]) -> str | None:
     return None
 
 
-def _check(*operands):
-    dims = sorted({dim for operand in operands for dim in operand.shape[-2:]})
-    problem = obstacle(dims)
+def _check(x, w):
+    problem = obstacle(sorted({*x.shape[-2:], *w.shape[-2:]}))
     if problem:
-        raise UserError(f"the GPU's kernels for FP8 products {problem}")
-    assert {operand.dtype for operand in operands} == {jnp.dtype(FORMAT)}, operands
+        raise UserError(f"the GPU's kernels for products of FP8 {problem}")
+    assert x.dtype == w.dtype == FORMAT, (x.dtype, w.dtype)

@@ -1,4 +1,4 @@
-"""FP8 products with a scale for each 128: the kernels interpreted on the CPU, and refusals."""
+"""FP8 products with a scale for each 128: kernels interpreted on the CPU, lowered, refused."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.ops import fp8_matmul_gpu, fp8_matmul_tpu
+from moe_jax.ops import fp8_matmul_gpu, fp8_matmul_tpu, grouped_matmul_tpu
 
 EXPERTS, TILES, BLOCK = 3, 4, 128
 # Sums of one block and a half; two blocks of columns of a GPU's, the second ends outside, and so
@@ -78,11 +78,17 @@ def _spoil(operand: Operand, live: int, axis: int) -> Operand:
     return Operand(np.moveaxis(values, 0, axis), np.moveaxis(scales, 0, axis))
 
 
-# Tiles of each expert: some empty, one that has all, none at all.
-@pytest.mark.parametrize("tiles_of_expert", [(2, 0, 1), (0, 4, 0), (0, 0, 0)])
-@pytest.mark.parametrize("random, tolerance", [(_whole, 0), (_heavy_tailed, 1e-6)])
+@pytest.mark.parametrize(
+    "random, tolerance, tiles_of_expert",
+    [
+        (_whole, 0, (2, 0, 1)),
+        (_whole, 0, (0, 4, 0)),  # one has all
+        (_whole, 0, (0, 0, 0)),
+        (_heavy_tailed, 1e-6, (1, 0, 2)),
+    ],
+)
 def test_products_are_those_of_each_tile_and_expert(
-    kernels: Kernels, tiles_of_expert, random, tolerance: float
+    kernels: Kernels, random, tolerance: float, tiles_of_expert: tuple[int, ...]
 ) -> None:
     size, slots, used = kernels.size, kernels.size * TILES, sum(tiles_of_expert)
     expert_of_tile = np.full(TILES, EXPERTS - 1, np.int32)
@@ -113,3 +119,80 @@ def test_products_are_those_of_each_tile_and_expert(
     assert got_SB.dtype == got_EAB.dtype == jnp.float32
     assert np.all(np.abs(got_SB - want_SB)[:live] <= tolerance * scale_SB[:live])
     assert np.all(np.abs(got_EAB - want_EAB) <= tolerance * scale_EAB)
+
+
+def test_tiles_too_long_for_a_tpu_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, w = _whole(rng, 2 * 256, DIM_A), _whole(rng, EXPERTS, DIM_B, DIM_A, block=BLOCK)
+    arguments = *x, *w, np.array([0, 2], np.int32), np.int32(2)
+
+    def product() -> jax.Array:
+        return fp8_matmul_tpu.gmm_fp8(*arguments, interpret=True)
+
+    whole = product()
+    for module in (fp8_matmul_tpu, grouped_matmul_tpu):
+        monkeypatch.setattr(module, "VMEM_OF_BLOCKS", 450_000)
+    halved = jax.make_jaxpr(product)().eqns
+    grids = [
+        eqn.params["grid_mapping"].grid for eqn in halved if eqn.primitive.name == "pallas_call"
+    ]
+    assert grids == [(2, 4)]
+    np.testing.assert_array_equal(product(), whole)
+
+
+def _shapes(name: str, slots: int, dim_a: int, dim_b: int, dtype=FP8) -> tuple:
+    """Of the arguments of gmm_fp8 or tgmm_fp8, for tiles of 128 slots."""
+    tiles, blocks_a, blocks_b = (-(-dim // BLOCK) for dim in (slots, dim_a, dim_b))
+    if name == "gmm_fp8":
+        x, x_scales = (slots, dim_a), (slots, blocks_a)
+        w, w_scales = (EXPERTS, dim_b, dim_a), (EXPERTS, blocks_b, blocks_a)
+    else:
+        x, x_scales, w, w_scales = (dim_a, slots), (dim_a, tiles), (dim_b, slots), (dim_b, tiles)
+    shapes = (x, dtype), (x_scales, "float32"), (w, dtype), (w_scales, "float32")
+    return tuple(
+        jax.ShapeDtypeStruct(*shape) for shape in (*shapes, ((tiles,), "int32"), ((), "int32"))
+    )
+
+
+def _on(kind: str, platform: str):
+    device = jax.sharding.AbstractDevice(kind, 1, platform)
+    axis_types = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize("name", ["gmm_fp8", "tgmm_fp8"])
+@pytest.mark.parametrize(
+    "module, kind, platform, target",
+    [
+        (fp8_matmul_gpu, "NVIDIA H100 80GB HBM3", "cuda", "@mosaic_gpu_v2"),
+        (fp8_matmul_tpu, "TPU7x", "tpu", "@tpu_custom_call"),
+    ],
+)
+def test_lowers_to_a_kernel_with_fp8_operands(name, module, kind, platform, target) -> None:
+    options = {"num_experts": EXPERTS} if name == "tgmm_fp8" else {}
+    function = jax.jit(functools.partial(getattr(module, name), **options))
+    with _on(kind, "gpu" if platform == "cuda" else platform):
+        assert module.obstacle(*([[DIM_A, DIM_B]] if platform == "cuda" else [])) is None
+        traced = function.trace(*_shapes(name, TILES * BLOCK, DIM_A, DIM_B))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert traced.out_info.dtype == (jnp.bfloat16 if name == "gmm_fp8" else jnp.float32)
+    call = next(line for line in text.splitlines() if target in line)
+    operands = call.rsplit(" : (", 1)[1].split("->")[0]
+    assert operands.count("xf8E4M3FN>") == 2
+
+
+def test_what_the_kernels_cannot_take_is_refused() -> None:
+    dims = [DIM_A, DIM_B]
+    with _on("NVIDIA A100-SXM4-40GB", "gpu"):
+        assert "not for NVIDIA A100" in fp8_matmul_gpu.obstacle(dims)
+    assert "multiples of 64, not [96]" in fp8_matmul_gpu.obstacle([96])
+    for kind in ("TPU v5p", "TPU v6 lite"):
+        with _on(kind, "tpu"):
+            assert f"not for {kind}" in fp8_matmul_tpu.obstacle()
+    with pytest.raises(ValueError, match=r"multiples of 64, not \[96, "):
+        jax.eval_shape(fp8_matmul_gpu.gmm_fp8, *_shapes("gmm_fp8", TILES * BLOCK, 96, DIM_B))
+    for module in (fp8_matmul_gpu, fp8_matmul_tpu):
+        shapes = _shapes("gmm_fp8", TILES * BLOCK, DIM_A, DIM_B, jnp.float8_e5m2)
+        with pytest.raises(AssertionError, match="float8_e5m2"):
+            jax.eval_shape(module.gmm_fp8, *shapes)
