@@ -5,9 +5,10 @@ up these 128, and the sum, times its scales, is added to the result in float32, 
 in registers over the whole sum.
 
 This saves bytes, not time. A matrix unit multiplies FP8 twice as fast as bfloat16, but 256 deep, so
-that 128 leave it half empty. And for each result of 128 the vector unit multiplies and adds once:
-at four operations a cycle that alone takes as long as the whole product in bfloat16. Where columns
-have scales of their own, as in `tgmm_fp8`, it multiplies twice.
+that 128 leave it half empty. And for each sum of 128 the vector unit multiplies and adds once: at
+four operations a cycle that alone takes as long as the whole product in bfloat16. Where columns
+have scales of their own, as in `tgmm_fp8`, it multiplies twice. By the instructions of compiled
+programs `gmm_fp8` takes at least 1.3 times as long as bfloat16, and `tgmm_fp8` 2.2 times.
 
 Shapes: S slots = N tiles of `size` slots, E experts, A and B the dims of an expert's matrix; K, L
 and M blocks of 128 of A, B and S.
@@ -34,7 +35,8 @@ SCALED = 128  # values of the summed dim that share a scale
 # A chunk of the result: half of the registers.
 ROWS, COLUMNS = 128, 256
 LANES = 128
-UNROLL = 2  # chunks: while one is added up, the next is multiplied
+# Chunks side by side in the program, so that one is multiplied while the one before is added up.
+GMM_TOGETHER, TGMM_TOGETHER = 2, 8
 KIND = "TPU7x"
 
 
@@ -119,7 +121,7 @@ def gmm_fp8(
         def _():
             @pl.loop(0, size, step=ROWS)
             def _(row):
-                @pl.loop(0, b, step=COLUMNS, unroll=UNROLL)
+                @pl.loop(0, b, step=COLUMNS, unroll=GMM_TOGETHER)
                 def _(column):
                     chunk(row, column)
 
@@ -232,7 +234,7 @@ def tgmm_fp8(
                         x_scales_ref[0, k : k + 1, rows], (LANES, ROWS)
                     ).T
 
-                @pl.loop(0, b, step=COLUMNS, unroll=UNROLL)
+                @pl.loop(0, b, step=COLUMNS, unroll=min(TGMM_TOGETHER, b // COLUMNS))
                 def _(column):
                     chunk(rows, pl.ds(column, COLUMNS))
 
