@@ -67,7 +67,7 @@ def gmm(
 
     # Summed whole, or in steps so long that adding up takes little.
     sizes_a = [a for a in _block_sizes(dim_a) if dim_a % a == 0 and a >= min(dim_a, 512)]
-    a, b = _blocks(x_SA.shape, dim_b, sizes_a, vmem, traffic)
+    a, b = choose_blocks(x_SA.shape, dim_b, sizes_a, _block_sizes(dim_b), vmem, traffic)
     steps_a = dim_a // a
 
     # A skipped step stays where the last one was.
@@ -110,13 +110,13 @@ def gmm(
             out_specs=pl.BlockSpec((size, b), y_block),
             scratch_shapes=[pltpu.VMEM((size, b), jnp.float32)],
         ),
-        out_shape=_result(x_SA, (slots, dim_b), x_SA.dtype),
+        out_shape=result_like(x_SA, (slots, dim_b), x_SA.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * slots * dim_a * _covered(dim_b, b),
+            flops=2 * slots * dim_a * covered(dim_b, b),
             bytes_accessed=traffic(a, b),
             transcendentals=0,
         ),
@@ -154,8 +154,8 @@ def tgmm(
         reads = slots * dim_a * pl.cdiv(dim_b, b) + slots * dim_b * pl.cdiv(dim_a, a)
         return item * reads + 4 * num_experts * dim_a * dim_b
 
-    a, b = _blocks(x_SA.shape, dim_b, _block_sizes(dim_a), vmem, traffic)
-    visits = _visits(expert_of_tile_N, used, num_experts)
+    a, b = choose_blocks(x_SA.shape, dim_b, _block_sizes(dim_a), _block_sizes(dim_b), vmem, traffic)
+    visits = make_visits(expert_of_tile_N, used, num_experts)
 
     def kernel(expert_ref, tile_ref, empty_ref, x_ref, y_ref, sum_ref):
         v = pl.program_id(2)
@@ -181,13 +181,13 @@ def tgmm(
                 (1, a, b), lambda j, i, v, expert, tile, empty: (expert[v], i, j)
             ),
         ),
-        out_shape=_result(x_SA, (num_experts, dim_a, dim_b), jnp.float32),
+        out_shape=result_like(x_SA, (num_experts, dim_a, dim_b), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * slots * _covered(dim_a, a) * _covered(dim_b, b),
+            flops=2 * slots * covered(dim_a, a) * covered(dim_b, b),
             bytes_accessed=traffic(a, b),
             transcendentals=0,
         ),
@@ -196,7 +196,7 @@ def tgmm(
     )(*visits, x_SA, y_SB)
 
 
-def _visits(
+def make_visits(
     expert_of_tile_N: jax.Array, used: jax.Array, num_experts: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Expert and tile of each visit, and whether it is empty: [N + E] int32 each.
@@ -218,10 +218,11 @@ def _visits(
     return expert_V, tile_V, 1 - filled_V
 
 
-def _blocks(
+def choose_blocks(
     shape_SA: tuple[int, ...],
     dim_b: int,
     sizes_a: list[int],
+    sizes_b: list[int],
     vmem: Callable[[int, int], int],
     traffic: Callable[[int, int], int],
 ) -> tuple[int, int]:
@@ -234,11 +235,11 @@ def _blocks(
 
     def cost(blocks):
         a, b = blocks
-        operations = 2 * slots * _covered(dim_a, a) * _covered(dim_b, 2 * b)
+        operations = 2 * slots * covered(dim_a, a) * covered(dim_b, 2 * b)
         moved = traffic(a, b)
         return max(operations, OPERATIONS_OF_BYTE * moved), moved, -a
 
-    pairs = itertools.product(sizes_a, _block_sizes(dim_b))
+    pairs = itertools.product(sizes_a, sizes_b)
     return min((blocks for blocks in pairs if vmem(*blocks) <= VMEM_OF_BLOCKS), key=cost)
 
 
@@ -248,7 +249,7 @@ def _block_sizes(dim: int) -> list[int]:
     return sorted({min(dim, 128 * pl.cdiv(dim, 128 * parts)) for parts in lanes})
 
 
-def _covered(dim: int, block: int) -> int:
+def covered(dim: int, block: int) -> int:
     return pl.cdiv(dim, block) * block
 
 
@@ -258,6 +259,6 @@ def _dot(x: jax.Array, y: jax.Array, dim_x: int, dim_y: int) -> jax.Array:
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _result(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+def result_like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
     """Varies over the mesh as x does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
