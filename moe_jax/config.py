@@ -171,6 +171,9 @@ class PrecisionConfig:
     # What the recipe covers: the projections of attention, dense and shared feed-forward layers,
     # routed experts, the projections of multi-token prediction, tokens on their way to experts.
     fp8_parts: str = "attention,mlp,experts,mtp,dispatch"
+    # "native": by units for eight bits; "portable": operands are rounded, and products are wide;
+    # "auto": native where the devices can.
+    fp8_form: str = "auto"
     # Errors, saturated and flushed shares and scales of operands are logged, by layer.
     fp8_report: bool = False
     # A product one of whose operands has a greater relative error takes them as they are from then

@@ -122,6 +122,13 @@ def check_model(config: Config) -> None:
     _one_of(config, "precision.compute_dtype", *DTYPES)
     _one_of(config, "precision.combine_dtype", *DTYPES)
     _one_of(config, "precision.recipe", *RECIPES)
+    _one_of(config, "precision.fp8_form", "auto", "native", "portable")
+    _at_least(config, 0, "precision.fp8_error_bound")
+    _require(
+        not config.precision.fp8_error_bound or config.precision.fp8_report,
+        f"config.precision.fp8_error_bound={config.precision.fp8_error_bound} needs "
+        "config.precision.fp8_report=True, which measures errors",
+    )
     parts = config.precision.fp8_parts
     for part in parts.split(",") if parts else ():
         if part not in FP8_PARTS:

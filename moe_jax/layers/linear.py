@@ -53,7 +53,9 @@ def parameter(
 def product_of(precision: PrecisionConfig, part: str) -> Product:
     """The product that the recipe has for a part of the model, of `config.FP8_PARTS`."""
     recipe = precision.recipe_of(part)
-    return PLAIN if recipe == "none" else Fp8Product(RECIPES[recipe], precision.fp8_report)
+    if recipe == "none":
+        return PLAIN
+    return Fp8Product(RECIPES[recipe], precision.fp8_report, precision.fp8_form)
 
 
 class Fp8State(nnx.Variable):

@@ -34,7 +34,7 @@ class SwiGLU(nnx.Module):
         self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
         self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
         if self.recipe is not None:
-            shared["product"] = Fp8SwiGLU(self.recipe, precision.fp8_report)
+            shared["product"] = Fp8SwiGLU(self.recipe, precision.fp8_report, precision.fp8_form)
         self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)
 
     def __call__(self, x: jax.Array) -> jax.Array:

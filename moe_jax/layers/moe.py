@@ -77,6 +77,7 @@ class MoE(nnx.Module):
         self.recipe = RECIPES.get(precision.recipe_of("experts"))
         reports = self.recipe is not None and precision.fp8_report
         self.fp8_state = Fp8State(jnp.stack([fp8_state.first()] * 2)) if reports else None
+        self.fp8_form = precision.fp8_form
         self.exchange_fp8 = precision.recipe_of("dispatch") != "none"
         self.router = Router(config, rngs=rngs)
         self.placement: PlacementTable | None = nnx.data(None)
@@ -197,7 +198,7 @@ class MoE(nnx.Module):
                 all_axes=BATCH_AXES,
                 combine_dtype=self.combine_dtype,
                 backends=choose(self.model, self.dtype)._replace(
-                    recipe=self.recipe, exchange_fp8=self.exchange_fp8
+                    recipe=self.recipe, fp8_form=self.fp8_form, exchange_fp8=self.exchange_fp8
                 ),
                 parts=config.exchange_parts if training else 1,
             )

@@ -20,6 +20,7 @@ class Backends(NamedTuple):
     grouped_matmul: str = "portable"
     exchange: str = "padded"
     recipe: Recipe | None = None  # of the experts' products; None: operands are as they come
+    fp8_form: str = "auto"  # of `fp8_native.kernels`
     exchange_fp8: bool = False  # what goes to experts has eight bits
 
 

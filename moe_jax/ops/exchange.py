@@ -27,14 +27,23 @@ class Round(NamedTuple):
     slot_of_TK: [tokens, top_k] int32, the slot of each choice that travels in this round; num_slots
       for the others.
     num_slots: slots of what is sent.
-    there: [S, ...] to [R, ...], zero where nothing came.
-    back: the other way.
+    routes: arrays that say what goes where.
+    move: (rows, routes, whether they go back) -> rows; it holds no arrays, so that a function with
+      gradients of its own may hold it.
     """
 
     slot_of_TK: jax.Array
     num_slots: int
-    there: Callable[[jax.Array], jax.Array]
-    back: Callable[[jax.Array], jax.Array]
+    routes: Any
+    move: Callable[[jax.Array, Any, bool], jax.Array]
+
+    def there(self, rows: jax.Array) -> jax.Array:
+        """[S, ...] to [R, ...], zero where nothing came."""
+        return self.move(rows, self.routes, False)
+
+    def back(self, rows: jax.Array) -> jax.Array:
+        """[R, ...] to [S, ...]."""
+        return self.move(rows, self.routes, True)
 
 
 class Exchange(Protocol):
@@ -63,10 +72,11 @@ class Padded(NamedTuple):
         here_TK = (self.destination_TK >= 0) & (place_TK >= 0) & (place_TK < capacity)
         slot_of_TK = jnp.where(here_TK, self.destination_TK * capacity + place_TK, num_slots)
 
-        def move(rows):  # [n * C, ...] by destination to the same by source, and back
+        def move(rows, routes, returns):  # [n * C, ...] by destination to the same by source
+            del routes, returns
             return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
 
-        return Round(slot_of_TK, num_slots, move, move)
+        return Round(slot_of_TK, num_slots, (), move)
 
 
 class Ragged(NamedTuple):
@@ -80,40 +90,37 @@ class Ragged(NamedTuple):
     def one_round(self, number: jax.Array, capacity: int, axis: str) -> Round:
         devices, here = len(self.load_nn), jax.lax.axis_index(axis)
         top_k = self.rank_TK.shape[1]
-        size = {
-            "there": devices * capacity,
-            "back": self.rank_TK.shape[0] * min(top_k, devices),  # all that this device may send
-        }
+        received = devices * capacity
+        sent = self.rank_TK.shape[0] * min(top_k, devices)  # all that this device may send
         # Rows for a destination, by source and rank, are numbered; a round takes R of them.
         first_nn = jnp.cumsum(self.load_nn, axis=0) - self.load_nn
         low_nn, high_nn = (
             jnp.clip(bound - first_nn, 0, self.load_nn)
-            for bound in (number * size["there"], (number + 1) * size["there"])
+            for bound in (number * received, (number + 1) * received)
         )
         count_nn = high_nn - low_nn
         at_source_nn = jnp.cumsum(self.load_nn, axis=1) - self.load_nn + low_nn
         # Of a source that sends nothing now it would lie outside of the buffer.
-        at_destination_nn = jnp.clip(first_nn + low_nn - number * size["there"], 0, size["there"])
-        chunks = {
-            "there": _Chunks(
-                at_source_nn[here], count_nn[here], at_destination_nn[here], count_nn[:, here]
-            ),
-            "back": _Chunks(
-                at_destination_nn[:, here], count_nn[:, here], at_source_nn[:, here], count_nn[here]
-            ),
-        }
+        at_destination_nn = jnp.clip(first_nn + low_nn - number * received, 0, received)
+        there = _Chunks(
+            at_source_nn[here], count_nn[here], at_destination_nn[here], count_nn[:, here]
+        )
+        back = _Chunks(
+            at_destination_nn[:, here], count_nn[:, here], at_source_nn[:, here], count_nn[here]
+        )
         destination_TK = jnp.maximum(self.destination_TK, 0)
         here_TK = (self.destination_TK >= 0) & (self.rank_TK >= low_nn[here][destination_TK])
         here_TK &= self.rank_TK < high_nn[here][destination_TK]
         first_n = (at_source_nn - low_nn)[here]
-        slot_of_TK = jnp.where(here_TK, first_n[destination_TK] + self.rank_TK, size["back"])
+        slot_of_TK = jnp.where(here_TK, first_n[destination_TK] + self.rank_TK, sent)
 
-        def move(way, other):
-            return lambda rows: _move(
-                rows, chunks[way], chunks[other], (size[way], size[other]), axis
-            )
+        def move(rows: jax.Array, routes: Any, returns: bool) -> Any:
+            there, back = routes
+            if returns:
+                return _move(rows, back, there, (sent, received), axis)
+            return _move(rows, there, back, (received, sent), axis)
 
-        return Round(slot_of_TK, size["back"], move("there", "back"), move("back", "there"))
+        return Round(slot_of_TK, sent, (there, back), move)
 
 
 class _Chunks(NamedTuple):

@@ -6,6 +6,8 @@ narrowed: sums of experts, and gradients of what was sent.
 Shapes: S rows, D model dim, n tiles of a row.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -19,33 +21,37 @@ FRACTION_BITS = 23  # of a float32
 
 def in_eight_bits(round: Round) -> Round:
     """The same round; rows go there in eight bits, as gradients of what comes back do."""
+    move = round.move
+
+    def sent(rows_SD, routes, scaling):
+        """What arrives, in the dtype of what was sent."""
+        packed = pack(scaling.quantize(rows_SD, 1))
+        # The name lets a rematerialization policy keep it; it sees no exchange in here.
+        arrived = checkpoint_name(move(packed, routes, False), "arrived")
+        return scaling.dequantize(unpack(arrived, rows_SD.shape[1], scaling), 1, rows_SD.dtype)
 
     @jax.custom_vjp
-    def there(rows_SD):
-        return forward(rows_SD)[0]
+    def there(rows_SD, routes):
+        return sent(rows_SD, routes, DISPATCHED)
 
-    def forward(rows_SD):
-        return _sent(rows_SD, round, DISPATCHED), None
-
-    there.defvjp(forward, lambda _, d_rows: (round.back(d_rows),))
+    there.defvjp(
+        lambda rows_SD, routes: (sent(rows_SD, routes, DISPATCHED), routes),
+        lambda routes, d_rows: (move(d_rows, routes, True), None),
+    )
 
     @jax.custom_vjp
-    def back(rows_SD):
-        return round.back(rows_SD)
+    def back(rows_SD, routes):
+        return move(rows_SD, routes, True)
 
     back.defvjp(
-        lambda rows_SD: (round.back(rows_SD), None),
-        lambda _, d_rows: (_sent(d_rows, round, DISPATCHED_GRADIENT),),
+        lambda rows_SD, routes: (move(rows_SD, routes, True), routes),
+        lambda routes, d_rows: (sent(d_rows, routes, DISPATCHED_GRADIENT), None),
     )
-    return round._replace(there=there, back=back)
 
+    def either(rows_SD: jax.Array, routes: Any, returns: bool) -> Any:
+        return (back if returns else there)(rows_SD, routes)
 
-def _sent(rows_SD: jax.Array, round: Round, scaling: Scaling) -> jax.Array:
-    """What arrives, in the dtype of what was sent."""
-    dim, packed = rows_SD.shape[1], pack(scaling.quantize(rows_SD, 1))
-    # The name lets a rematerialization policy keep it, which sees no exchange of another gradient.
-    arrived = checkpoint_name(round.there(packed), "arrived")
-    return scaling.dequantize(unpack(arrived, dim, scaling), 1, rows_SD.dtype)
+    return round._replace(move=either)
 
 
 def pack(x: Quantized) -> jax.Array:

@@ -7,22 +7,26 @@ Shapes: S slots in N tiles, E experts, A and B any dims.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops import fp8_native
+from moe_jax.ops.fp8_native import kernels, unless_exact
 from moe_jax.ops.fp8_recipes import KEPT, Recipe, Scaling
 from moe_jax.ops.fp8_state import of_operands, operand
 from moe_jax.ops.grouped_kernels import Products
 
-NO_STATE = (None, None, None)
 
-
-def products(plain: Products, recipe: Recipe, dtype: jnp.dtype | None) -> Products:
+def products(
+    plain: Products, recipe: Recipe, dtype: jnp.dtype | None, form: str = "auto"
+) -> Products:
     """The products of a backend on rounded operands.
 
     Args:
       dtype: of rounded operands, as the backend takes them; that of the given ones if None.
+      form: see `fp8_native.kernels`.
     """
 
     # Their scales are current: rows reach experts in rounds, whose order no history has.
@@ -41,21 +45,42 @@ def products(plain: Products, recipe: Recipe, dtype: jnp.dtype | None) -> Produc
         used_S1 = jnp.arange(len(x))[:, None] < used * (len(x) // len(tiles))
         return jnp.where(used_S1, x, jnp.zeros_like(x))
 
-    def gmm(x_SA, w_EAB, expert_of_tile_N, used, *, transpose_weights=False, state=NO_STATE):
-        scaling, row = (recipe.gradient, 2) if transpose_weights else (recipe.activation, 0)
-        x_SA = readable(x_SA, scaling, expert_of_tile_N, used)
-        x = rounded(x_SA, scaling, 1, x_SA.dtype, state[row])
-        w = rounded(w_EAB, recipe.weight, 2 if transpose_weights else 1, x_SA.dtype, state[1])
-        y_SB = plain.gmm(x, w, expert_of_tile_N, used, transpose_weights=transpose_weights)
-        return y_SB.astype(x_SA.dtype)
+    def row(state: jax.Array | None, number: int) -> jax.Array | None:
+        return None if state is None else state[number]
 
-    def tgmm(x_SA, y_SB, expert_of_tile_N, used, num_experts, *, state=NO_STATE):
-        scalings = (x_SA, recipe.activation, state[0]), (y_SB, recipe.gradient, state[2])
-        x, y = (
-            rounded(readable(a, scaling, expert_of_tile_N, used), scaling, 0, a.dtype, state_W)
-            for a, scaling, state_W in scalings
-        )
-        return plain.tgmm(x, y, expert_of_tile_N, used, num_experts)
+    def gmm(x_SA, w_EAB, expert_of_tile_N, used, *, transpose_weights=False, state=None):
+        tiles, options = (expert_of_tile_N, used), {"transpose_weights": transpose_weights}
+
+        def portable():
+            scaling, number = (recipe.gradient, 2) if transpose_weights else (recipe.activation, 0)
+            x = readable(x_SA, scaling, *tiles)
+            x = rounded(x, scaling, 1, x_SA.dtype, row(state, number))
+            summed_dim = 2 if transpose_weights else 1
+            w = rounded(w_EAB, recipe.weight, summed_dim, x_SA.dtype, row(state, 1))
+            return plain.gmm(x, w, *tiles, **options).astype(x_SA.dtype)
+
+        found = kernels(form, recipe, w_EAB.shape[1:])
+        if found is None:
+            return portable()
+        native = functools.partial(fp8_native.gmm, found, recipe, x_SA, w_EAB, *tiles, **options)
+        return unless_exact(native, portable, state)
+
+    def tgmm(x_SA, y_SB, expert_of_tile_N, used, num_experts, *, state=None):
+        tiles = expert_of_tile_N, used
+
+        def portable():
+            x = readable(x_SA, recipe.activation, *tiles)
+            x = rounded(x, recipe.activation, 0, x_SA.dtype, row(state, 0))
+            y = readable(y_SB, recipe.gradient, *tiles)
+            y = rounded(y, recipe.gradient, 0, y_SB.dtype, row(state, 2))
+            return plain.tgmm(x, y, *tiles, num_experts)
+
+        found = kernels(form, recipe, (x_SA.shape[1], y_SB.shape[1]))
+        if found is None:
+            return portable()
+        operands = x_SA, y_SB, *tiles, num_experts
+        native = functools.partial(fp8_native.tgmm, found, recipe, *operands)
+        return unless_exact(native, portable, state)
 
     def report(x_SA, w_EAB, dy_SB, state, expert_of_tile_N, used):
         x_SA, dy_SB = (used_rows(a, expert_of_tile_N, used) for a in (x_SA, dy_SB))

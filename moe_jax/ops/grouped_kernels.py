@@ -79,13 +79,17 @@ class Products(NamedTuple):
 
 
 @functools.cache
-def products_of(backend: str, recipe: Recipe | None = None) -> Products:
-    """Of a backend, whose kernels are imported where they are used."""
+def products_of(backend: str, recipe: Recipe | None = None, form: str = "auto") -> Products:
+    """Of a backend, whose kernels are imported where they are used.
+
+    Args:
+      form: of products by a recipe, see `fp8_native.kernels`.
+    """
     if recipe is not None:
         from moe_jax.ops import fp8_experts  # which needs the names of this file
 
         dtype = jnp.dtype(jnp.float32) if backend == "portable" else None
-        return fp8_experts.products(products_of(backend), recipe, dtype)
+        return fp8_experts.products(products_of(backend), recipe, dtype, form)
     if backend == "portable":
         return Products(grouped_loops.gmm, grouped_loops.tgmm, slots.sum_of_slots)
     if backend == "tpu":

@@ -120,7 +120,9 @@ def swiglu_experts(
     if backends.grouped_matmul != "portable" or backends.recipe is not None:
         from moe_jax.ops import grouped_kernels  # which needs the names of this file
 
-        products = grouped_kernels.products_of(backends.grouped_matmul, backends.recipe)
+        products = grouped_kernels.products_of(
+            backends.grouped_matmul, backends.recipe, backends.fp8_form
+        )
         return grouped_kernels.swiglu_experts(
             x_TD, weights_TK, experts, tiles, num_tiles, size, products
         )

@@ -161,7 +161,7 @@ def _compiled_reference():
 def _by_loops(inputs: Inputs, ids: np.ndarray) -> np.ndarray:
     """float64, one choice at a time."""
     result = np.zeros(inputs.x.shape)
-    gate_ups, downs = (np.asarray(w, np.float64) for w in inputs.experts)
+    gate_ups, downs = (np.asarray(w, np.float64) for w in inputs.experts[:2])
     for t, k in np.ndindex(*ids.shape):
         if not 0 <= ids[t, k] < len(downs):
             continue

@@ -149,7 +149,7 @@ def test_sum_by_product(nowhere: float) -> None:
 
 def test_in_rounds_of_rematerialized_layers_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two devices, two scanned layers, and so small buffers that the while_loop runs."""
-    monkeypatch.setattr(grouped_kernels, "products_of", lambda backend, recipe: PRODUCTS)
+    monkeypatch.setattr(grouped_kernels, "products_of", lambda backend, recipe, form: PRODUCTS)
     monkeypatch.setitem(grouped_matmul.TILE_SIZES, "tpu", (SIZE, SIZE, 1))
     mesh = make_mesh(expert=2)
     inputs, ids = _inputs(ROWS, 4, DIM, HIDDEN, "float32"), _random(high=4).astype(np.int32)
