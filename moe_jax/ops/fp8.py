@@ -3,7 +3,8 @@
 A tile is a part of an array that shares one scale, so that its largest number becomes the largest
 that the format holds. Where a dim ends within a tile, that tile is shorter.
 
-What is no number stays so: a NaN or an infinity makes its whole tile NaN.
+What is no number stays none: an infinity makes its whole tile NaN, and a NaN itself at least (of a
+largest number XLA does not say whether it passes NaN on).
 """
 
 from collections.abc import Sequence
@@ -113,7 +114,8 @@ def scales_of(
     None is so small that its inverse were infinite.
     """
     most = float(jnp.finfo(dtype).max)
-    scales = jnp.maximum(largest, max(least, most * 2.0**-100)) / most
+    # Times the inverse, since XLA divides by a constant in one way or another.
+    scales = jnp.maximum(largest, max(least, most * 2.0**-100)) * jnp.float32(1 / most)
     return round_up_to_power_of_two(scales) if power_of_two else scales
 
 

@@ -90,16 +90,14 @@ def _backward(output_dtype, how, kept, dy_TB):
         dy = operand(dy_TB, recipe.gradient, 1, rows[2], recipe)
         weight = operand(weight_AB, recipe.weight, 1, rows[1], recipe)
         dx_TA = _dot(dy, weight, 1, 1).astype(x_TA.dtype)
-        # As DeepSeek has it, x is turned over from eight bits: scaled anew along the other dim.
-        x = operand(x_TA, recipe.activation, 1, rows[0], recipe)
-        x = operand(x, recipe.activation, 0, rows[0], recipe)
+        # Not from the forward product's eight bits, as in the report: two roundings err by more.
+        x = operand(x_TA, recipe.activation, 0, rows[0], recipe)
         return dx_TA, _dot(x, operand(dy_TB, recipe.gradient, 0, rows[2], recipe), 0, 0)
 
     def native(found):
         weight = weight_AB.astype(x_TA.dtype)
         dx_TA = fp8_native.dense(found, recipe, dy_TB, weight, x_TA.dtype, transpose_weights=True)
-        x = recipe.activation.rounded(x_TA, 1)
-        return dx_TA, fp8_native.dense_weights(found, recipe, x, dy_TB)
+        return dx_TA, fp8_native.dense_weights(found, recipe, x_TA, dy_TB)
 
     found = kernels(how.form, recipe, weight_AB.shape)
     if found is None:
