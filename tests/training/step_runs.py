@@ -101,7 +101,7 @@ def make_state(config: Config = CONFIG) -> Any:
             array = 0.1 * array**2
         if "scale" in names and names[0] == "parameters":
             array += 1.0
-        return array
+        return array.astype(shape.dtype)
 
     return jax.tree_util.tree_map_with_path(value, shapes_of(config))
 
