@@ -3,8 +3,7 @@
 A tile is a part of an array that shares one scale, so that its largest number becomes the largest
 that the format holds. Where a dim ends within a tile, that tile is shorter.
 
-What is no number stays none: an infinity makes its whole tile NaN, and a NaN itself at least (of a
-largest number XLA does not say whether it passes NaN on).
+What is no number stays none: a NaN or an infinity makes its whole tile NaN.
 """
 
 from collections.abc import Sequence
@@ -87,16 +86,16 @@ def rounded(
 
 def _scaled(x: jax.Array, scales: jax.Array, tile: Tile, dtype: jnp.dtype) -> jax.Array:
     """float32 within the format's range; NaN for what is no number."""
-    scaled, most = (
-        x.astype(jnp.float32) / expand(scales, tile, x.shape),
-        float(jnp.finfo(dtype).max),
-    )
-    return jnp.where(jnp.isfinite(scaled), jnp.clip(scaled, -most, most), jnp.nan)
+    wide, most = x.astype(jnp.float32), float(jnp.finfo(dtype).max)
+    scaled = jnp.clip(wide / expand(scales, tile, x.shape), -most, most)
+    return jnp.where(jnp.isfinite(wide), scaled, jnp.nan)
 
 
 def largest(x: jax.Array, tile: Tile) -> jax.Array:
     """The largest magnitude of each tile, float32."""
     magnitudes = jnp.abs(x.astype(jnp.float32))
+    # A compiled maximum may pass over a NaN, but finds an infinity.
+    magnitudes = jnp.where(jnp.isnan(magnitudes), jnp.inf, magnitudes)
     for axis, (size, dim) in enumerate(zip(_sizes(tile, x.shape), x.shape, strict=True)):
         if size > 1:
             padding = [(0, -dim % size if other == axis else 0) for other in range(x.ndim)]
