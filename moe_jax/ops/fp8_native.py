@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import UserError
-from moe_jax.ops.fp8_recipes import RECIPES, Recipe, Scaling
+from moe_jax.ops.fp8_recipes import RECIPES, Recipe
 from moe_jax.ops.fp8_state import EXACT
 
 DENSE_TILE = {"gpu": 128, "tpu": 512}  # rows of a tile of what has no experts
@@ -96,9 +96,7 @@ def tgmm(
     num_experts: int,
 ) -> jax.Array:
     """See `grouped_kernels.RowsTimesRows`; the operands are wide."""
-    x, y = (
-        _turned(a, scaling) for a, scaling in ((x_SA, recipe.activation), (y_SB, recipe.gradient))
-    )
+    x, y = recipe.activation.quantize(x_SA.T, 1), recipe.gradient.quantize(y_SB.T, 1)
     return found.tgmm_fp8(*x, *y, expert_of_tile_N, used, num_experts)
 
 
@@ -142,7 +140,3 @@ def _in_tiles(x_TA: jax.Array) -> tuple[jax.Array, jax.Array]:
     tiles = -(-len(x_TA) // size)
     x_SA = jnp.pad(x_TA, ((0, tiles * size - len(x_TA)), (0, 0)))
     return x_SA, jnp.zeros((tiles,), jnp.int32)
-
-
-def _turned(x_SA: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array]:
-    return scaling.quantize(x_SA.T, 1)
