@@ -34,7 +34,8 @@ from jax.sharding import AbstractMesh
 from benchmarks import our_step, record
 from configs import deepseek_v2_lite
 from moe_jax import sharding
-from moe_jax.config import Config, MeshConfig, ModelConfig, PrecisionConfig, build
+from moe_jax.config import Config, MeshConfig, ModelConfig, PrecisionConfig
+from moe_jax.fields import build
 from moe_jax.models.block import PRODUCTS, REMATERIALIZATION, ROUTED, Block, make_context
 from moe_jax.ops import attention
 from moe_jax.planning import topologies

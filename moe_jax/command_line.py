@@ -13,7 +13,8 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax.config import UserError, field_names, unknown_field
+from moe_jax.config import UserError, field_names
+from moe_jax.fields import unknown_field
 
 HELP = ("--help", "-help", "--helpfull", "-h")
 

@@ -13,9 +13,9 @@ from moe_jax.config import (
     RECIPES,
     Config,
     UserError,
-    build,
     field_names,
 )
+from moe_jax.fields import build
 
 
 def parse(raw: ConfigDict | Mapping[str, Any]) -> Config:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from moe_jax import validation
-from moe_jax.config import Config, default_config, field_names, to_dict
+from moe_jax.config import Config, default_config, field_names
+from moe_jax.fields import to_dict
 
 
 def test_the_default_config_is_every_default() -> None:

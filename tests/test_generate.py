@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig, to_dict
+from moe_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig
+from moe_jax.fields import to_dict
 from moe_jax.interop.huggingface import one_device
 from moe_jax.interop.lazy import from_array
 from moe_jax.interop.orbax_files import write_checkpoint

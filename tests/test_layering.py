@@ -10,7 +10,7 @@ PACKAGE = Path(moe_jax.__file__).parent
 
 # What a layer may import besides itself. Modules directly under moe_jax are the commands, save for
 # the foundation.
-FOUNDATION = {"config", "validation", "sharding", "platform", "units"}
+FOUNDATION = {"config", "fields", "validation", "sharding", "platform", "units"}
 OPS = FOUNDATION | {"ops"}
 LAYERS = OPS | {"layers"}
 MODELS = LAYERS | {"models"}
@@ -20,7 +20,7 @@ ALLOWED = {
     "ops": FOUNDATION,
     "layers": OPS,
     "models": LAYERS,
-    "data": {"config"},
+    "data": {"config", "fields"},
     "inference": MIDDLE,
     "planning": MODELS,
     "interop": MODELS,

@@ -8,7 +8,8 @@ import pytest
 from raw_configs import CONFIGS, load, raw, refusal
 
 from moe_jax import validation
-from moe_jax.config import MESH_AXES, Config, build, to_dict
+from moe_jax.config import MESH_AXES, Config
+from moe_jax.fields import build, to_dict
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)

@@ -7,7 +7,8 @@ import pytest
 from raw_configs import raw, refusal, stages
 
 from moe_jax import sharding, validation
-from moe_jax.config import MESH_AXES, Config, MeshConfig, UserError, build, to_dict
+from moe_jax.config import MESH_AXES, Config, MeshConfig, UserError
+from moe_jax.fields import build, to_dict
 
 # Changed fields -> the sentence.
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
-from moe_jax.config import UserError, read_json
+from moe_jax.config import UserError
+from moe_jax.fields import read_json
 
 BOUNDARY = 256  # stands before and after each document
 

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig, ModelConfig, PrecisionConfig, UserError, read_json
+from moe_jax.config import MeshConfig, ModelConfig, PrecisionConfig, UserError
+from moe_jax.fields import read_json
 from moe_jax.interop import families, names
 from moe_jax.interop.lazy import Lazy, Tree, flatten, from_array, place, unflatten
 from moe_jax.interop.tensors import BLOCK, INDEX, SCALE, SINGLE, Tensors, quantized

@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging as absl_logging
 
-from moe_jax.config import ModelConfig, UserError, build, read_json
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.fields import build, read_json
 from moe_jax.interop.lazy import Index, Lazy, Tree, piece_shape, pieces, unflatten
 
 WEIGHTS = ("parameters", "router_bias")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.config import UserError, read_json
+from moe_jax.config import UserError
+from moe_jax.fields import read_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),

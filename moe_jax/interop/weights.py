@@ -6,14 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import (
-    WEIGHTLESS,
-    ModelConfig,
-    PrecisionConfig,
-    UserError,
-    differing,
-    to_dict,
-)
+from moe_jax.config import WEIGHTLESS, ModelConfig, PrecisionConfig, UserError
+from moe_jax.fields import differing, to_dict
 from moe_jax.interop.huggingface import place_weights, read_folder
 from moe_jax.interop.lazy import Tree
 from moe_jax.interop.orbax_files import find_checkpoint, read_checkpoint

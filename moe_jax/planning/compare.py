@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import differing, read_json
+from moe_jax.fields import differing, read_json
 from moe_jax.units import format_bytes, format_count
 
 # Figures under these names are bytes.

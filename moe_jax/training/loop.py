@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding, validation
-from moe_jax.config import Config, UserError, to_dict
+from moe_jax.config import Config, UserError
 from moe_jax.data.corpus import Corpus, open_corpus, split_holdout
 from moe_jax.data.curriculum import stage_at
 from moe_jax.data.loader import train_batches
 from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.fields import to_dict
 from moe_jax.inference.generation import Generator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.weights import load_weights

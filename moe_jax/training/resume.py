@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import WEIGHTLESS, Config, UserError, differing, to_dict
+from moe_jax.config import WEIGHTLESS, Config, UserError
+from moe_jax.fields import differing, to_dict
 
 FORMAT = 2
 # The batches, the model and the state's names depend on these; anything else may change.

@@ -1,0 +1,95 @@
+"""Nested groups of fields: frozen dataclasses from mappings, as JSON, and compared."""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake of the user's: a command answers it with its sentence alone and exit code 2."""
+
+
+def build(cls: type, raw: Any, path: str = "config") -> Any:
+    """A dataclass from nested mappings.
+
+    Raises:
+      ValueError: a field that does not exist, or a value of the wrong type.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path} must be a group of fields, not {raw!r}")
+    types_of = typing.get_type_hints(cls)
+    for name in raw:
+        if name not in types_of:
+            raise UserError(unknown_field(f"{path}.{name}", list(types_of)))
+    values = {}
+    for name, kind in types_of.items():
+        if name not in raw:
+            continue
+        value, place = raw[name], f"{path}.{name}"
+        if dataclasses.is_dataclass(kind):
+            values[name] = build(typing.cast(type, kind), value, place)
+        elif typing.get_origin(kind) is tuple:
+            if not isinstance(value, tuple | list) or not value:
+                raise UserError(f"{place} must be a tuple of stages, not {value!r}")
+            item = typing.get_args(kind)[0]
+            values[name] = tuple(build(item, v, f"{place}[{i}]") for i, v in enumerate(value))
+        else:
+            values[name] = _scalar(kind, value, place)
+    return cls(**values)
+
+
+def _scalar(kind: Any, value: Any, place: str) -> Any:
+    allowed = typing.get_args(kind) or (kind,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        raise UserError(f"{place} must be of type {names}, not {value!r}")
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{place}={value} must be a finite number")
+    return value
+
+
+def unknown_field(path: str, siblings: list[str]) -> str:
+    """The sentence for a field that does not exist."""
+    parent, _, name = path.rpartition(".")
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    if not close:
+        return f"{path} does not exist; {parent} has {', '.join(siblings)}"
+    return f"{path} does not exist; did you mean {parent}.{close[0]}?"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dicts and lists, as JSON gives them back, of a config or a group of it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      ValueError: it holds none.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is no JSON object")
+    return value
+
+
+def differing(before: Any, now: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:
+    """What differs between two results of `to_dict`: both values by the field's whole name."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {path: (before, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**before, **now}:
+        found |= differing(before.get(name), now.get(name), f"{path}.{name}")
+    return found
