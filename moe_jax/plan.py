@@ -25,6 +25,7 @@ from moe_jax.planning import (
     published,
     report,
     serving,
+    topologies,
 )
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency
@@ -89,10 +90,19 @@ def plan() -> Iterator[str]:
         case = Case.without_mesh(config)
         figures |= of_model(case, question)
     else:
-        case = Case.of(config, topology.devices, topology.machine.platform)
-        figures |= of_model(case, question) | of_run(case, topology, question)
-        if SEARCH.value or not figures["memory_per_device"]["fits"]:
-            figures |= of_search(case, topology, question)
+        if COMPILE.value:
+            topologies.check(topology.machine.name)
+        try:
+            case = Case.of(config, topology.devices, topology.machine.platform)
+        except UserError as error:  # serving asks for no mesh
+            if CONTEXT.value is None or SEARCH.value or COMPILE.value:
+                raise
+            case = Case.without_mesh(config)
+            figures |= of_model(case, question) | {"not_planned": str(error)}
+        else:
+            figures |= of_model(case, question) | of_run(case, topology, question)
+            if SEARCH.value or not figures["memory_per_device"]["fits"]:
+                figures |= of_search(case, topology, question)
     yield from report.lines(figures)
     if CONTEXT.value is not None:
         served = config.model, count(case.weights, config.model)

@@ -87,6 +87,17 @@ def test_machines_that_serve_a_context() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_serving_on_devices_that_the_mesh_does_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    done = run(V3, "--topology=h200:1x8", "--context=4096", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    told = "training not planned: config.mesh (fsdp=-1 * expert=64) does not fit 8 devices: 64 does"
+    assert f"\n{told} not divide them" in done.stdout
+    assert re.search(r"\nserving +h200:1x8, context 4,096\n", done.stdout)
+    plan = json.loads(file.read_text())
+    assert plan["serving"]["sequences"] > 0 and "step_seconds" not in plan
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -115,8 +126,12 @@ def test_machines_that_serve_a_context() -> None:
         ((V3, "--price=-1"), "--price=-1 must be a number from 0 on"),
         ((V3, "--compile"), "--compile needs --topology, such as --topology=v5p:8x16x16"),
         (
-            ("--config=configs/tiny.py", "--topology=mi300x:1x8", "--compile"),
-            "nothing compiles for mi300x; it does for h100, h200, h800, v4, v5e, v5p, v6e, tpu7x",
+            ("--config=configs/tiny.py", "--topology=a100:1x8", "--compile"),
+            "nothing compiles for a100; it does for h100, h800, h200, v4, v5e, v5p, v6e, tpu7x",
+        ),
+        (
+            (V3, "--topology=h100:1x8", "--context=4096", "--search"),
+            "config.mesh (fsdp=-1 * expert=64) does not fit 8 devices: 64 does not divide them",
         ),
         ((V3, "--price=2"), "--price needs --topology, such as --topology=v5p:8x16x16"),
         ((V3, "extra"), "'extra' is no flag; flags begin with --"),
@@ -130,3 +145,4 @@ def test_mistakes(flags: tuple[str, ...], sentence: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {sentence}")
     assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.fields import differing, read_json
+from moe_jax.fields import read_json
 from moe_jax.units import format_bytes, format_count
 
 # Figures under these names are bytes.
@@ -18,7 +18,8 @@ def lines(first: Path, second: Path) -> list[str]:
     Raises:
       UserError: a file holds no JSON object.
     """
-    changed = differing(*(_numbered(read_json(file)) for file in (first, second)), path="")
+    before, now = (_figures(read_json(file)) for file in (first, second))
+    changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     if not changed:
         return [f"{first} and {second} plan the same"]
     told = [
@@ -27,8 +28,8 @@ def lines(first: Path, second: Path) -> list[str]:
         "",
         f"{'':38} {'A':>15} {'B':>15} {'B / A':>9}",
     ]
-    for path, (a, b) in changed.items():
-        name = path.removeprefix(".")
+    for name in changed:
+        a, b = before.get(name), now.get(name)
         # The end of a long name says the most.
         shown = name if len(name) <= 38 else f"...{name[-35:]}"
         row = f"{shown:38} {_figure(name, a):>15} {_figure(name, b):>15} {_ratio(a, b):>9}"
@@ -36,16 +37,20 @@ def lines(first: Path, second: Path) -> list[str]:
     return told
 
 
-def _numbered(value: Any) -> Any:
-    """The same with lists of numbers as objects, whose entries are compared one by one.
+def _figures(value: Any, path: str = "") -> dict[str, Any]:
+    """Every figure by its whole name, so that of a group that one plan lacks each is shown.
 
-    A list of objects is left out: what stands at a place of the one may be elsewhere in the other.
+    The entries of a list are compared one by one. A list of objects is left out: what stands at a
+    place of the one may be elsewhere in the other.
     """
     if isinstance(value, list):
         value = {str(i): item for i, item in enumerate(value) if not isinstance(item, Mapping)}
-    if isinstance(value, Mapping):
-        return {name: _numbered(item) for name, item in value.items()}
-    return value
+    if not isinstance(value, Mapping):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= _figures(item, f"{path}.{name}" if path else name)
+    return found
 
 
 def _figure(name: str, value: Any) -> str:

@@ -15,6 +15,8 @@ def lines(plan: Plan) -> list[str]:
     if "topology" in plan:
         for part in (_machine, _memory, _communication, _time, _run):
             told += ["", *part(plan)]
+    if "not_planned" in plan:
+        told += ["", f"training not planned: {plan['not_planned']}"]
     if "alternatives" in plan:
         told += ["", *_alternatives(plan)]
     return told
@@ -94,7 +96,7 @@ def _communication(plan: Plan) -> Iterator[str]:
     yield f"sends       {format_bytes(sent['total'])} of a device in a step"
     if not sent["transfers"]:
         return
-    yield f"{'':21}{'over':<25}{'fast links':>11}{'slow links':>12}{'alone':>11}"
+    yield f"{'':22}{'over':<24}{'fast links':>11}{'slow links':>12}{'alone':>11}"
     for transfer in sorted(sent["transfers"], key=lambda t: -t["seconds"]):
         axes = ",".join(transfer["axes"])
         if len(axes) > 24:
@@ -102,7 +104,7 @@ def _communication(plan: Plan) -> Iterator[str]:
         slow = format_bytes(transfer["slow"]) if transfer["slow"] else "-"
         fast = format_bytes(transfer["fast"]) if transfer["fast"] else "-"
         seconds = _seconds(transfer["seconds"])
-        yield f"  {transfer['kind']:<19}{axes:<25}{fast:>11}{slow:>12}{seconds:>11}"
+        yield f"  {transfer['kind']:<20}{axes:<24}{fast:>11}{slow:>12}{seconds:>11}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Devices that are not here, to compile for.
 
-TPU programs need `libtpu` (the extra `test-aot`), programs for NVIDIA GPUs the extra `cuda13`;
-neither needs a device. `prepare` comes before the first use of JAX in a process, and a process
-compiles for one maker's devices.
+TPU programs need `libtpu` (the extra `plan-tpu`), programs for NVIDIA GPUs `jax[cuda13]` (the extra
+`plan-gpu`); neither needs a device. `prepare` comes before the first use of JAX in a process, and a
+process compiles for one maker's devices.
 """
 
 import os
@@ -26,9 +26,10 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-# What XLA wants to know of an H100 SXM, from NVIDIA's data sheet and the CUDA programming guide.
-H100 = """
-gpu_device_info {
+# What XLA wants to know of a Hopper GPU (SXM), from NVIDIA's data sheets and the CUDA programming
+# guide; an H800 has an H100's chip.
+DESCRIPTION = """
+gpu_device_info {{
   core_count: 132
   fpus_per_core: 128
   threads_per_warp: 32
@@ -42,19 +43,23 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
+  memory_bandwidth: {bandwidth}
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 minor: 0 }
-}
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 12 }}
+device_description_str: "{name}"
 """
-
-
-HOPPER, TPUS = ("h100", "h200", "h800"), ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_OF_H100 = {"memory": 84942979072, "bandwidth": 3352320000000}
+HOPPER = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", **_OF_H100},
+    "h800": {"name": "NVIDIA H800", **_OF_H100},
+    "h200": {"name": "NVIDIA H200", "memory": 141000000000, "bandwidth": 4800000000000},
+}
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _MISSING = (
     "to compile for {} its compiler must be here: pip install -e '.[{}]' (TPU and GPU in an "
     "environment each)"
@@ -70,23 +75,32 @@ def prepare() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
+def check(name: str) -> None:
+    """Raises UserError for a topology of machines that nothing compiles for."""
+    kind = name.partition(":")[0]
+    if kind not in (*HOPPER, *TPUS):
+        raise UserError(f"nothing compiles for {kind}; it does for {', '.join((*HOPPER, *TPUS))}")
+
+
 def devices(name: str) -> Sequence[Any]:
     """Compile-only devices.
 
     Args:
       name: of a TPU topology ("v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4": chips), or "h100:8x8", hosts
-        times GPUs of one; its relatives compile as it does.
+        times GPUs of one.
     Raises:
       UserError: the compiler is not installed, or knows no such topology.
     """
+    check(name)
     kind, _, shape = name.partition(":")
-    if kind not in (*HOPPER, *TPUS):
-        raise UserError(f"nothing compiles for {kind}; it does for {', '.join((*HOPPER, *TPUS))}")
     try:
         if kind in HOPPER:
             shape = shape if "x" in shape else f"1x{shape}"
             description = topologies.get_topology_desc(
-                "h100", "cuda", topology=f"1x{shape}", target_config=H100
+                kind,
+                "cuda",
+                topology=f"1x{shape}",
+                target_config=DESCRIPTION.format_map(HOPPER[kind]),
             )
         else:
             description = topologies.get_topology_desc(topology_name=name, platform="tpu")

@@ -35,6 +35,7 @@ def test_changed_figures_and_their_ratios(tmp_path: Path) -> None:
     b["parameters"]["total"] = 0
     b["bounds"][1] = 5000.0
     b["alternatives"].insert(0, {"mfu": 0.2})
+    b["serving"] = {"decode": {"sequences": 31, "seconds": {"memory": 0.5}}, "shape": [1, 2]}
     b["mesh"] = {"a_name_that_goes_on_and_on_until_it_is_too_long": 2}
     told = lines(*_files(tmp_path, A, b))
     rows = [line.split() for line in told[4:]]
@@ -46,6 +47,10 @@ def test_changed_figures_and_their_ratios(tmp_path: Path) -> None:
         ["step_seconds", "20.5", "41", "2x"],
         ["bounds.1", "2", "5.0K", "2.5e+03x"],
         ["...goes_on_and_on_until_it_is_too_long", "1", "2", "2x"],
+        ["serving.decode.sequences", "-", "31"],
+        ["serving.decode.seconds.memory", "-", "0.5"],
+        ["serving.shape.0", "-", "1"],
+        ["serving.shape.1", "-", "2"],
     ]
     assert max(map(len, told[3:])) <= 80
 
