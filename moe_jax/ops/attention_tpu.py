@@ -2,10 +2,10 @@
 
 A kernel's grid is heads times pairs of a query block and a key block, and only pairs that causality
 and documents leave are in it: a block that either rules out is neither loaded nor stepped over.
-The pairs of all rows are a sorted list of integers in scalar memory, and their number is a dynamic
-bound of the grid. Pairs of one result are neighbours: it is summed up in float32 in scratch memory
-from its first pair to its last. The backward pass computes scores again (Dao et al. 2022,
-algorithms 1 and 4).
+The pairs of rows are a sorted list of integers in scalar memory, and their number is a dynamic
+bound of the grid; rows come in groups whose pairs fit. Pairs of one result are neighbours: it is
+summed up in float32 in scratch memory from its first pair to its last. The backward pass computes
+scores again (Dao et al. 2022, algorithms 1 and 4).
 
 Scores stand transposed, keys by queries. So what each query has one of (its maximum, normalizer,
 segment id) is one row along the lanes of registers, and sums over keys are sums of registers.
@@ -15,17 +15,20 @@ key/value heads, Q query/key head dim, V value head dim.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax.config import UserError
 from moe_jax.ops.attention_kernels import LOWEST, Kernels, first_key_blocks, last_query_blocks, like
 
 BLOCK = 512
 LANES = 128
+MOST_PAIRS = 3 << 16  # of a call: three quarters of the 1 MiB of scalar memory
 END = jnp.iinfo(jnp.int32).max  # stands behind the last pair
 
 
@@ -78,6 +81,33 @@ def block_of(q_BLHQ: jax.Array, v_BLGV: jax.Array) -> int:
     return min(BLOCK, pl.cdiv(q_BLHQ.shape[1], LANES) * LANES)
 
 
+def _in_groups_of_rows(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, a function of `Kernels`, on so many rows at a time as have `MOST_PAIRS` at most.
+
+    Raises:
+      UserError: one row has more.
+    """
+
+    def grouped(q, k, v, segment_ids, scale, block, *rest):
+        batch, length = segment_ids.shape
+        rows = MOST_PAIRS // _most_pairs(1, length // block)
+        if not rows:
+            raise UserError(
+                f"rows of {length} tokens are too long for attention's TPU kernel; shorten "
+                "config.data.stages, or set config.model.backends.attention=portable"
+            )
+        parts = []
+        for i in range(0, batch, rows):
+            inputs, others = (
+                [x[i : i + rows] for x in arrays] for arrays in ((q, k, v, segment_ids), rest)
+            )
+            parts.append(kernel(*inputs, scale, block, *others))
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts[1:] else parts[0]
+
+    return grouped
+
+
+@_in_groups_of_rows
 def forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block):
     """See `Kernels`."""
     q_BHLQ, k_BGLQ, v_BGLV = map(_swap_heads, (q_BLHQ, k_BLGQ, v_BLGV))
@@ -99,6 +129,7 @@ def forward(q_BLHQ, k_BLGQ, v_BLGV, segment_ids_BL, scale, block):
     return _swap_heads(values_BHLV), log_normalizers_BH1L[:, :, 0]
 
 
+@_in_groups_of_rows
 def backward(
     q_BLHQ,
     k_BLGQ,

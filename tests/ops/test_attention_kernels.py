@@ -15,6 +15,7 @@ import pytest
 from emulated import make_mesh, quick_jit
 from jax.experimental import pallas as pl
 
+from moe_jax.config import UserError
 from moe_jax.ops import attention_gpu, attention_tpu
 from moe_jax.ops.attention import attention, attention_reference
 from moe_jax.ops.attention_kernels import local_attention, needed_blocks
@@ -70,6 +71,20 @@ def _compiled(kernels):
         return jnp.sum(jnp.sin(values.astype(jnp.float32))), values
 
     return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def test_rows_come_in_groups_whose_pairs_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_tpu, "BLOCK", 8)
+    monkeypatch.setattr(attention_tpu, "LANES", 8)
+    monkeypatch.setattr(attention_tpu, "MOST_PAIRS", 2 * 15)  # of two rows of five blocks
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    inputs = *_inputs(), SEGMENTS["long"]
+    result = _compiled.__wrapped__(attention_tpu.KERNELS)(*inputs)
+    chex.assert_trees_all_close(result, _compiled(None)(*inputs), atol=2e-5, rtol=2e-5)
+
+    monkeypatch.setattr(attention_tpu, "MOST_PAIRS", 14)
+    with pytest.raises(UserError, match="rows of 40 tokens are too long.*attention=portable"):
+        _compiled.__wrapped__(attention_tpu.KERNELS)(*inputs)
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
