@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.tokenizer import ByteTokenizer
 
 # Tests and installed packages differ from machine to machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -31,7 +32,7 @@ class Span(NamedTuple):
     """Predictions [start, stop) of a document.
 
     Prediction p has token p as its input and token p + 1 as its target, where token 0 is the
-    boundary before the first byte; so a document of n bytes has n + 1 predictions.
+    boundary before the text; so a document of n tokens has n + 1 predictions.
     """
 
     document: int
@@ -51,7 +52,7 @@ class Corpus:
     """Random access to documents: `corpus[i]` is the UTF-8 text of document i, as bytes.
 
     Attributes:
-      lengths: [documents] int64, bytes of text.
+      lengths: [documents] int64, tokens of text: bytes.
       fingerprint: sha256 of lengths and contents in order, wherever the files lie.
       skipped: reason -> count of files and lines that were left out.
     """
@@ -60,6 +61,7 @@ class Corpus:
         self._paths = paths
         self._file_names = names
         self._text_field = text_field
+        self._tokenizer = ByteTokenizer()
         self.skipped: collections.Counter[str] = collections.Counter()
         index, digest = [], hashlib.sha256()
         for file_id, path in enumerate(paths):
@@ -95,6 +97,14 @@ class Corpus:
         if zlib.crc32(text) != checksum:
             raise UserError(f"{self.name(i)} changed while it was in use; start the run again")
         return text
+
+    def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document i between two boundaries, and the loss's weight of each token as a target.
+
+        [length + 2] int32 and float32.
+        """
+        ids = self._tokenizer.encode_document(self[i])
+        return ids, np.ones(len(ids), np.float32)
 
     def name(self, i: int) -> str:
         """The file, and for JSONL the line, that document i comes from."""

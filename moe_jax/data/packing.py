@@ -13,7 +13,6 @@ import grain
 import numpy as np
 
 from moe_jax.data.corpus import Corpus, Span
-from moe_jax.data.tokenizer import ByteTokenizer
 
 Row = dict[str, np.ndarray]
 State = dict[str, Any]
@@ -22,20 +21,21 @@ State = dict[str, Any]
 class SpanReader:
     """Tokens of spans; remembers the last document, since its pieces come one after the other."""
 
-    def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer):
+    def __init__(self, corpus: Corpus):
         self._corpus = corpus
-        self._tokenizer = tokenizer
         self._document: int | None = None
-        self._tokens = np.zeros(0, np.int32)
+        self._tokens, self._weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
     def read(self, span: Span) -> Row:
-        """`tokens` and `targets` [length] int32, and the span itself as `span` [3] int64."""
+        """`tokens`, `targets` [length] int32, the latter's `weights` float32; `span` [3] int64."""
         if span.document != self._document:
-            self._tokens = self._tokenizer.encode_document(self._corpus[span.document])
+            self._tokens, self._weights = self._corpus.tokens(span.document)
             self._document = span.document
+        inputs, targets = slice(span.start, span.stop), slice(span.start + 1, span.stop + 1)
         return {
-            "tokens": self._tokens[span.start : span.stop],
-            "targets": self._tokens[span.start + 1 : span.stop + 1],
+            "tokens": self._tokens[inputs],
+            "targets": self._tokens[targets],
+            "weights": self._weights[targets],
             "span": np.array(span, np.int64),
         }
 
@@ -87,7 +87,7 @@ def _rows(pieces: _Pieces, length: int, bins: int, shuffle: bool):
     return iter(
         grain.experimental.BestFitPackIterDataset(
             pieces,
-            length_struct={"tokens": length, "targets": length},
+            length_struct={"tokens": length, "targets": length, "weights": length},
             num_packing_bins=bins,
             shuffle_bins=shuffle,
             meta_features=["span"],
@@ -108,7 +108,7 @@ def _finish(packed: dict[str, Any], mask_documents: bool) -> Row:
         "targets": packed["targets"].astype(np.int32),
         "segment_ids": segment_ids,
         "positions": positions,
-        "loss_weights": (segment_ids > 0).astype(np.float32),
+        "loss_weights": packed["weights"].astype(np.float32),
     }
 
 
@@ -117,9 +117,10 @@ class Stream:
 
     A row is a dict of arrays [length]: `tokens` and `targets` int32 (the next token of the same
     document), `segment_ids` int32 (from 1 on; 0 is padding), `positions` int32, `loss_weights`
-    float32 (0 on padding). Spans come in an order shuffled anew each epoch, of which each stream
-    takes every `num_streams`-th; every prediction that is drawn comes out once. The rows that the
-    packer fills at a time come out in a shuffled order, and with them the pieces of a document.
+    float32 (of targets; 0 on padding). Spans come in an order shuffled anew each epoch, of which
+    each stream takes every `num_streams`-th; every prediction that is drawn comes out once. The
+    rows that the packer fills at a time come out in a shuffled order, and with them the pieces of a
+    document.
 
     Args:
       spans: what the streams share out.
@@ -142,7 +143,7 @@ class Stream:
         length: int,
         state: State | None = None,
     ):
-        self._reader = SpanReader(corpus, ByteTokenizer())
+        self._reader = SpanReader(corpus)
         self._order = grain.MapDataset.source(spans).seed(seed).shuffle().repeat()
         self._index, self._num_streams = index, num_streams
         self._bins, self._mask_documents = bins, mask_documents
@@ -209,6 +210,6 @@ def pack_once(
     corpus: Corpus, spans: Sequence[Span], *, length: int, bins: int, mask_documents: bool
 ) -> Iterator[Row]:
     """Rows of all spans, in order, once."""
-    reader = SpanReader(corpus, ByteTokenizer())
+    reader = SpanReader(corpus)
     for packed in _rows(_Pieces(spans, 0, 1, reader, length), length, bins, shuffle=False):
         yield _finish(packed, mask_documents)

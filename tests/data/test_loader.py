@@ -22,8 +22,20 @@ HALVES = [(0, 1, 2), (1, 2, 2)]
 QUARTERS = [(i, i + 1, 4) for i in range(4)]
 
 _random = np.random.default_rng(0)
-CORPUS: Any = [_random.bytes(int(n)) for n in _random.integers(1, 90, 40)]
-SPANS = [Span(i, 0, len(text) + 1) for i, text in enumerate(CORPUS)]
+SPANS = [Span(i, 0, int(n)) for i, n in enumerate(_random.integers(2, 91, 40))]
+
+
+class _Documents:
+    """Of tokens at random, not 0, each weighing 1."""
+
+    def __init__(self) -> None:
+        self._ids = [_random.integers(1, 257, span.stop + 1, np.int32) for span in SPANS]
+
+    def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._ids[i], np.ones(len(self._ids[i]), np.float32)
+
+
+CORPUS: Any = _Documents()
 
 
 def _config(**fields: Any) -> Config:

@@ -2,18 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data import packing
-from moe_jax.data.corpus import Span
+from moe_jax.config import DataConfig
+from moe_jax.data.corpus import Span, open_corpus
 from moe_jax.data.packing import Row, Stream, pack_once
 from moe_jax.data.tokenizer import BOUNDARY
 
@@ -34,19 +32,15 @@ class Numbered:
     def __init__(self, lengths: list[int]):
         self.spans = [Span(i, 0, length + 1) for i, length in enumerate(lengths)]
 
-    def __getitem__(self, i: int) -> Span:
-        return self.spans[i]
+    def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every third token has the weight 0.5."""
+        first = 1 + STRIDE * i
+        ids = np.arange(first, first + self.spans[i].stop + 1, dtype=np.int32)
+        return ids, weights_of(ids)
 
-    def encode_document(self, text: Span) -> np.ndarray:
-        first = 1 + STRIDE * text.document
-        return np.arange(first, first + text.stop + 1, dtype=np.int32)
 
-
-@contextmanager
-def numbered_documents(lengths: list[int]) -> Iterator[Numbered]:
-    documents = Numbered(lengths)
-    with mock.patch.object(packing, "ByteTokenizer", lambda: documents):
-        yield documents
+def weights_of(ids: np.ndarray) -> np.ndarray:
+    return np.where(ids % 3 == 0, 0.5, 1).astype(np.float32)
 
 
 def predictions(spans: Any) -> Counter[int]:
@@ -66,7 +60,7 @@ def segments(row: Row, length: int) -> list[list[int]]:
     assert used > 0
     for name in row:
         assert not row[name][used:].any(), f"padding of {name}"
-    np.testing.assert_array_equal(row["loss_weights"][:used], 1.0)
+    np.testing.assert_array_equal(row["loss_weights"][:used], weights_of(row["targets"][:used]))
     ids = row["segment_ids"][:used]
     found = []
     for segment in range(1, ids.max() + 1):
@@ -140,24 +134,24 @@ def check_account(came_out: Counter[int], state: dict[str, Any], documents: Numb
 @example(Case([3, 5], 8, 6, 1, 0, [(1, 12), (2, 5)]))  # each document many times in one group
 @example(Case([150], 1, 6, 3, 2, [(7, 60), (3, 1)]))
 def test_nothing_is_lost_or_repeated(case: Case) -> None:
-    with numbered_documents(case.lengths) as documents:
-        stream, length = case.stream(documents), case.row_length
-        came_out: Counter[int] = Counter()
+    documents = Numbered(case.lengths)
+    stream, length = case.stream(documents), case.row_length
+    came_out: Counter[int] = Counter()
 
-        def take() -> None:
-            for segment in segments(stream.next_row(), length):
-                came_out.update(segment)
+    def take() -> None:
+        for segment in segments(stream.next_row(), length):
+            came_out.update(segment)
 
-        for rows, new_length in case.borders:
-            for _ in range(rows):
-                take()
-            stream.set_length(new_length)
-            length = new_length
-            check_account(came_out, stream.get_state(), documents)
-        take()
-        while stream.get_state()["next_row"]:
+    for rows, new_length in case.borders:
+        for _ in range(rows):
             take()
+        stream.set_length(new_length)
+        length = new_length
         check_account(came_out, stream.get_state(), documents)
+    take()
+    while stream.get_state()["next_row"]:
+        take()
+    check_account(came_out, stream.get_state(), documents)
 
 
 @repeatable
@@ -171,26 +165,26 @@ def test_a_restored_stream_goes_on_with_the_same_rows(case: Case, at: int, cross
     def rows(stream: Stream, count: int) -> list[Row]:
         return [stream.next_row() for _ in range(count)]
 
-    with numbered_documents(case.lengths) as documents:
-        stream, length = case.stream(documents), case.row_length
-        for count, new_length in case.borders[:crossed]:
-            rows(stream, count)
-            stream.set_length(new_length)
-            length = new_length
-        left = case.borders[crossed:]
-        if left:
-            at = min(at, left[0][0])
-            left = [(left[0][0] - at, left[0][1]), *left[1:]]
-        rows(stream, at)
-        state = json.loads(json.dumps(stream.get_state()))
-        restored = case.stream(documents, length=length, state=state)
-        for count, new_length in left:
-            assert_rows_equal(rows(stream, count), rows(restored, count))
-            assert stream.get_state() == restored.get_state()
-            stream.set_length(new_length)
-            restored.set_length(new_length)
-        assert_rows_equal(rows(stream, 9), rows(restored, 9))
+    documents = Numbered(case.lengths)
+    stream, length = case.stream(documents), case.row_length
+    for count, new_length in case.borders[:crossed]:
+        rows(stream, count)
+        stream.set_length(new_length)
+        length = new_length
+    left = case.borders[crossed:]
+    if left:
+        at = min(at, left[0][0])
+        left = [(left[0][0] - at, left[0][1]), *left[1:]]
+    rows(stream, at)
+    state = json.loads(json.dumps(stream.get_state()))
+    restored = case.stream(documents, length=length, state=state)
+    for count, new_length in left:
+        assert_rows_equal(rows(stream, count), rows(restored, count))
         assert stream.get_state() == restored.get_state()
+        stream.set_length(new_length)
+        restored.set_length(new_length)
+    assert_rows_equal(rows(stream, 9), rows(restored, 9))
+    assert stream.get_state() == restored.get_state()
 
 
 def assert_rows_equal(left: list[Row], right: list[Row]) -> None:
@@ -203,36 +197,36 @@ def assert_rows_equal(left: list[Row], right: list[Row]) -> None:
 @repeatable
 @given(cases(max_borders=1))
 def test_without_masks_a_row_is_one_text(case: Case) -> None:
-    with numbered_documents(case.lengths) as documents:
-        masked, unmasked = case.stream(documents), case.stream(documents, mask_documents=False)
-        for rows, length in [(0, case.row_length), *case.borders]:
-            for stream in (masked, unmasked):
-                for _ in range(rows):
-                    stream.next_row()
-                if length != case.row_length:
-                    stream.set_length(length)
-            a, b = masked.next_row(), unmasked.next_row()
-            for name in ("tokens", "targets", "loss_weights"):
-                np.testing.assert_array_equal(a[name], b[name])
-            np.testing.assert_array_equal(b["segment_ids"], a["segment_ids"] > 0)
-            np.testing.assert_array_equal(b["positions"], np.arange(length))
-            assert (b["segment_ids"].dtype, b["positions"].dtype) == (np.int32, np.int32)
+    documents = Numbered(case.lengths)
+    masked, unmasked = case.stream(documents), case.stream(documents, mask_documents=False)
+    for rows, length in [(0, case.row_length), *case.borders]:
+        for stream in (masked, unmasked):
+            for _ in range(rows):
+                stream.next_row()
+            if length != case.row_length:
+                stream.set_length(length)
+        a, b = masked.next_row(), unmasked.next_row()
+        for name in ("tokens", "targets", "loss_weights"):
+            np.testing.assert_array_equal(a[name], b[name])
+        np.testing.assert_array_equal(b["segment_ids"], a["segment_ids"] > 0)
+        np.testing.assert_array_equal(b["positions"], np.arange(length))
+        assert (b["segment_ids"].dtype, b["positions"].dtype) == (np.int32, np.int32)
 
 
 def drawn_order(lengths: list[int], draws: int, **changes: Any) -> list[int]:
     """The first documents of a stream. With one bin, pieces come out as they were drawn."""
     case = Case(lengths, 16, 1, changes.pop("num_streams", 1), changes.pop("index", 0), [])
     order: list[int] = []
-    with numbered_documents(lengths) as documents:
-        stream, last = case.stream(documents, **changes), 0
-        while len(order) <= draws:
-            for segment in segments(stream.next_row(), 16):
-                document, position = divmod(segment[0] - 1, STRIDE)
-                if position == 0:
-                    order.append(document)
-                else:
-                    assert segment[0] == last + 1, "a document's pieces come out of order"
-                last = segment[-1]
+    documents = Numbered(lengths)
+    stream, last = case.stream(documents, **changes), 0
+    while len(order) <= draws:
+        for segment in segments(stream.next_row(), 16):
+            document, position = divmod(segment[0] - 1, STRIDE)
+            if position == 0:
+                order.append(document)
+            else:
+                assert segment[0] == last + 1, "a document's pieces come out of order"
+            last = segment[-1]
     return order[:draws]
 
 
@@ -257,19 +251,22 @@ def test_streams_share_out_one_order_that_is_shuffled_anew_each_epoch() -> None:
 def test_packing_once_brings_every_prediction_once(
     lengths: list[int], length: int, bins: int
 ) -> None:
-    with numbered_documents(lengths) as documents:
-        # Held-out spans may start in the middle of a document.
-        spans = [span._replace(start=span.stop // 3) for span in documents.spans]
-        rows = list(
-            pack_once(documents, spans, length=length, bins=bins, mask_documents=True)  # type: ignore
-        )
+    documents = Numbered(lengths)
+    # Held-out spans may start in the middle of a document.
+    spans = [span._replace(start=span.stop // 3) for span in documents.spans]
+    rows = list(
+        pack_once(documents, spans, length=length, bins=bins, mask_documents=True)  # type: ignore
+    )
     came_out = Counter(token for row in rows for part in segments(row, length) for token in part)
     assert came_out == predictions(spans)
 
 
-def test_tokens_are_bytes_between_boundaries_and_a_cut_keeps_the_next_token() -> None:
-    texts = [b"abcdefg"]
-    rows = list(pack_once(texts, [Span(0, 0, 8)], length=3, bins=9, mask_documents=True))  # type: ignore
+def test_tokens_are_bytes_between_boundaries_and_a_cut_keeps_the_next_token(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefg")
+    corpus = open_corpus(DataConfig(source=str(tmp_path / "a.txt")))
+    rows = list(pack_once(corpus, [Span(0, 0, 8)], length=3, bins=9, mask_documents=True))
     assert [row["tokens"].tolist() for row in rows] == [[BOUNDARY, *b"ab"], [*b"cde"], [*b"fg", 0]]
     assert [row["targets"].tolist() for row in rows] == [
         [*b"abc"],
@@ -281,10 +278,10 @@ def test_tokens_are_bytes_between_boundaries_and_a_cut_keeps_the_next_token() ->
 
 @pytest.mark.parametrize("taken", range(9))
 def test_pieces_of_a_document_are_joined_again_at_a_border(taken: int) -> None:
-    with numbered_documents([79]) as documents:
-        stream = Case([79], 10, 4, 1, 0, []).stream(documents)
-        for _ in range(taken):
-            stream.next_row()
-        stream.set_length(40)
-        front = stream.get_state()["parent"]["front"]
-        assert all((a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True))
+    documents = Numbered([79])
+    stream = Case([79], 10, 4, 1, 0, []).stream(documents)
+    for _ in range(taken):
+        stream.next_row()
+    stream.set_length(40)
+    front = stream.get_state()["parent"]["front"]
+    assert all((a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True))
