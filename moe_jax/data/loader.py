@@ -42,7 +42,8 @@ class _BatchIterator(grain.DatasetIterator):
         self._streams = {
             index: Stream(
                 self._corpus,
-                self._spans,
+                [self._spans],
+                [1.0],
                 index=index,
                 num_streams=data.num_streams,
                 seed=self._config.seed,

@@ -5,14 +5,16 @@ to the start of the open group, so what is ours is the cutting of long documents
 between two lengths: what was drawn for the open group and not handed out goes back to the front.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from moe_jax.data.corpus import Corpus, Span
+from moe_jax.data.mixture import Draws, InOrder
 
 Row = dict[str, np.ndarray]
 State = dict[str, Any]
@@ -41,23 +43,17 @@ class SpanReader:
 
 
 class _PieceIterator(grain.DatasetIterator):
-    """Spans cut to pieces of at most `length`: first those put back, then elements first, first +
-    stride, ... of `order`. The state is {"front": spans not yet cut, "next": elements drawn}."""
+    """Spans cut to pieces of at most `length`: first those put back, then what `draws` brings. The
+    state is {"front": spans not yet cut, "drawn": the state of the draws}."""
 
-    def __init__(self, order, first: int, stride: int, reader: SpanReader, length: int):
+    def __init__(self, draws: Draws | InOrder, reader: SpanReader, length: int):
         super().__init__()
-        self._order, self._first, self._stride = order, first, stride
-        self._reader, self._length = reader, length
+        self._draws, self._reader, self._length = draws, reader, length
         self._front: list[Span] = []
-        self._next = 0
 
     def next_span(self) -> Span:
         if not self._front:
-            index = self._first + self._stride * self._next
-            if index >= len(self._order):
-                raise StopIteration
-            self._front = [self._order[index]]
-            self._next += 1
+            self._front = [next(self._draws)]
         document, start, stop = self._front[0]
         cut = min(start + self._length, stop)
         self._front[:1] = [Span(document, cut, stop)] if cut < stop else []
@@ -67,20 +63,21 @@ class _PieceIterator(grain.DatasetIterator):
         return self._reader.read(self.next_span())
 
     def get_state(self) -> State:
-        return {"front": [list(span) for span in self._front], "next": self._next}
+        drawn = {name: list(values) for name, values in self._draws.state.items()}
+        return {"front": [list(span) for span in self._front], "drawn": drawn}
 
     def set_state(self, state: State) -> None:
         self._front = [Span(*span) for span in state["front"]]
-        self._next = state["next"]
+        self._draws.state = {name: list(values) for name, values in state["drawn"].items()}
 
 
 class _Pieces(grain.IterDataset):
-    def __init__(self, *arguments):
+    def __init__(self, draws: Callable[[], Draws | InOrder], reader: SpanReader, length: int):
         super().__init__()
-        self._arguments = arguments
+        self._draws, self._reader, self._length = draws, reader, length
 
     def __iter__(self) -> _PieceIterator:
-        return _PieceIterator(*self._arguments)
+        return _PieceIterator(self._draws(), self._reader, self._length)
 
 
 def _rows(pieces: _Pieces, length: int, bins: int, shuffle: bool):
@@ -117,13 +114,11 @@ class Stream:
 
     A row is a dict of arrays [length]: `tokens` and `targets` int32 (the next token of the same
     document), `segment_ids` int32 (from 1 on; 0 is padding), `positions` int32, `loss_weights`
-    float32 (of targets; 0 on padding). Spans come in an order shuffled anew each epoch, of which
-    each stream takes every `num_streams`-th; every prediction that is drawn comes out once. The
-    rows that the packer fills at a time come out in a shuffled order, and with them the pieces of a
-    document.
+    float32 (of targets; 0 on padding). Every prediction that is drawn comes out once. The rows that
+    the packer fills at a time come out in a shuffled order, and with them the pieces of a document.
 
     Args:
-      spans: what the streams share out.
+      groups, weights: what the streams share out, see `Draws`.
       bins: rows that the packer fills at a time.
       mask_documents: whether a row's documents are segments of their own.
       length: of a row, in tokens.
@@ -133,7 +128,8 @@ class Stream:
     def __init__(
         self,
         corpus: Corpus,
-        spans: Sequence[Span],
+        groups: Sequence[Sequence[Span]],
+        weights: Sequence[float],
         *,
         index: int,
         num_streams: int,
@@ -144,14 +140,15 @@ class Stream:
         state: State | None = None,
     ):
         self._reader = SpanReader(corpus)
-        self._order = grain.MapDataset.source(spans).seed(seed).shuffle().repeat()
-        self._index, self._num_streams = index, num_streams
+        self._draws = functools.partial(
+            Draws, groups, weights, index=index, num_streams=num_streams, seed=seed
+        )
         self._bins, self._mask_documents = bins, mask_documents
         self._length = length
         self._packer = self._open(state)
 
     def _pieces(self) -> _Pieces:
-        return _Pieces(self._order, self._index, self._num_streams, self._reader, self._length)
+        return _Pieces(self._draws, self._reader, self._length)
 
     def _open(self, state: State | None):
         packer = _rows(self._pieces(), self._length, self._bins, shuffle=True)
@@ -188,7 +185,7 @@ class Stream:
         self._length = length
         self._packer = self._open(
             {
-                "parent": {"front": [list(span) for span in front], "next": rest["next"]},
+                "parent": {**rest, "front": [list(span) for span in front]},
                 "next_row": 0,
                 "counter": counter,
             }
@@ -211,5 +208,6 @@ def pack_once(
 ) -> Iterator[Row]:
     """Rows of all spans, in order, once."""
     reader = SpanReader(corpus)
-    for packed in _rows(_Pieces(spans, 0, 1, reader, length), length, bins, shuffle=False):
+    pieces = _Pieces(lambda: InOrder(spans), reader, length)
+    for packed in _rows(pieces, length, bins, shuffle=False):
         yield _finish(packed, mask_documents)

@@ -96,7 +96,7 @@ class Case(NamedTuple):
             mask_documents=True,
             length=self.row_length,
         )
-        return Stream(documents, documents.spans, **arguments | changes)  # type: ignore
+        return Stream(documents, [documents.spans], [1.0], **arguments | changes)  # type: ignore
 
 
 @st.composite
@@ -126,7 +126,7 @@ def check_account(came_out: Counter[int], state: dict[str, Any], documents: Numb
     }
     drawn = [documents.spans[i] for i, count in times.items() for _ in range(count)]
     assert account == predictions(drawn)
-    assert len(drawn) == state["parent"]["next"]
+    assert [len(drawn)] == state["parent"]["drawn"]["spans"]
 
 
 @repeatable
