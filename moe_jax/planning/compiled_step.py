@@ -54,7 +54,8 @@ class CompiledStep(NamedTuple):
 def walk(step: CompiledStep, config: Config) -> Walk:
     """Through the program, routing balanced and in its first round."""
     # What a step's buffers hold beyond a balanced load, kernels leave out.
-    kernels = grouped_kernels(1 / config.model.moe.buffer_factor)
+    filled = 1 / config.model.moe.buffer_factor
+    kernels = grouped_kernels(filled) | fp8_kernels(filled)
     if "NVIDIA" in step.mesh.devices.flat[0].device_kind:
         # Programs for GPU do not carry what a kernel's author declares.
         kernels |= ATTENTION_KERNELS
@@ -92,6 +93,35 @@ def grouped_kernels(filled: float) -> dict[str, Kernel]:
         return 2.0 * filled * rows * inner * width
 
     return {"grouped_matmul_weights": weights, "grouped_matmul": rows}
+
+
+def fp8_kernels(filled: float) -> dict[str, Kernel]:
+    """Of products in eight bits: the experts' in buffers, and others, which all rows fill.
+
+    What a kernel pads, it multiplies.
+    """
+
+    def of_buffers(filled: float) -> tuple[Kernel, Kernel]:
+        def weights(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
+            return 2.0 * filled * _narrow(operands)[1] * math.prod(results[0].dims[1:])
+
+        def rows(operands: tuple[Array, ...], results: tuple[Array, ...]) -> float:
+            return 2.0 * filled * math.prod(_narrow(operands)) * results[0].dims[1]
+
+        return weights, rows
+
+    (weights, rows), (dense_weights, dense) = of_buffers(filled), of_buffers(1.0)
+    return {
+        "dispatch.*matmul_fp8_weights": weights,
+        "dispatch.*matmul_fp8": rows,
+        "matmul_fp8_weights": dense_weights,
+        "matmul_fp8": dense,
+    }
+
+
+def _narrow(operands: tuple[Array, ...]) -> tuple[int, ...]:
+    """The dims of the first operand in eight bits: [slots, summed], of weights [rows, slots]."""
+    return next(x.dims for x in operands if x.dtype.startswith("f8"))
 
 
 def _attention(of_queries: int, of_values: int) -> Kernel:

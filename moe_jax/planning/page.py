@@ -2,17 +2,18 @@
 
 It draws what a plan in JSON holds, and leaves out what it does not: `memory_per_device` {total,
 by_kind, capacity}, `flops_per_token.by_group`, `communication_per_step` {total, by_kind},
-`step_seconds` and `seconds_by_part`.
+`step_seconds` and `seconds_by_part`; `serving` and `compiled`; `not_planned`, why there is no step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from moe_jax.units import format_amount, format_bytes, format_count
 
-WIDTH, ROW, LEFT, RIGHT = 720, 24, 170, 110  # of a picture, in pixels: names left, figures right
+WIDTH, ROW, LEFT, RIGHT = 720, 24, 190, 110  # of a picture, in pixels: names left, figures right
 BAR = WIDTH - LEFT - RIGHT
+MOST_SCOPES = 12  # of a compiled step's operations that have a bar
 # Told apart by people who see colours differently (after Okabe and Ito, and Tol).
 COLOURS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"),
@@ -50,14 +51,17 @@ def page(plan: Mapping[str, Any]) -> str:
             "Time of a step by part, each as if alone",
             _bars(plan.get("seconds_by_part", {}), _seconds, plan.get("step_seconds"), "a step"),
         ),
+        *_serving(plan.get("serving", {})),
+        *_compiled(plan.get("compiled", {}), memory.get("capacity")),
     ]
-    mesh = plan.get("mesh")
+    mesh, why = plan.get("mesh"), plan.get("not_planned")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n"
         + (f"<p>mesh {escape(_mesh(mesh))}</p>\n" if mesh else "")
+        + (f"<p>training not planned: {escape(why)}</p>\n" if why else "")
         + _key_figures(plan)
         + "".join(sections)
         + "</body>\n</html>\n"
@@ -81,12 +85,62 @@ def _key_figures(plan: Mapping[str, Any]) -> str:
         ("device-hours", plan.get("device_hours"), format_amount),
         ("cost", plan.get("cost"), format_count),
     )
-    items = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(form(value))}</dd></div>"
-        for name, value, form in shown
-        if value is not None
+    return _figures({name: form(value) for name, value, form in shown if value is not None})
+
+
+def _figures(texts: Mapping[str, str]) -> str:
+    items = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in texts.items()
     )
-    return f"<dl>{items}</dl>\n"
+    return f"<dl>{''.join(items)}</dl>\n"
+
+
+def _serving(serving: Mapping[str, Any]) -> Iterator[str]:
+    """What fits and how fast it is; a bar for each part of a step that decodes."""
+    if not serving:
+        return
+    shown = {
+        "context": f"{serving['context']:,}",
+        "longest context": f"{serving['longest_context']:,}",
+        "sequences at once": f"{serving['sequences']:,}",
+    }
+    for name, title in (
+        ("decode", "decoding"),
+        ("decode_one", "one alone"),
+        ("prefill", "prompts"),
+    ):
+        part = serving.get(name, {})
+        if part:
+            shown[f"{title}, tokens/s"] = _bounds(part["tokens_per_second"])
+        if "price_per_million_tokens" in part:
+            shown[f"{title}, a million"] = _bounds(part["price_per_million_tokens"])
+    yield _section("Serving", _figures(shown))
+    seconds = serving.get("decode", {}).get("seconds", {})
+    yield _section("Time to decode a token of each, by part, as if alone", _bars(seconds, _seconds))
+
+
+def _bounds(bounds: Sequence[float]) -> str:
+    return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in bounds)
+
+
+def _compiled(compiled: Mapping[str, Any], capacity: float | None) -> Iterator[str]:
+    """What the compiler needs and does; of what is too large, by how much."""
+    memory = compiled.get("memory_per_device", {})
+    kinds = {name: memory[name] for name in ("state", "temporaries") if name in memory}
+    whole = {
+        "total": memory.get("total"),
+        "by_kind": kinds or {"in all": memory.get("total", 0.0)},
+        "capacity": memory.get("available", capacity),
+    }
+    yield _section("Compiled: memory of a device", _memory(whole))
+    scopes = {
+        name.replace("multi_token_prediction", "mtp").replace("_layers", "").replace("_", " "): n
+        for name, n in compiled.get("flops_by_scope", {}).items()
+    }
+    scopes = dict(list(_largest_first(scopes).items())[:MOST_SCOPES])
+    yield _section("Compiled: operations of a device in a step", _bars(scopes, format_count))
+    sent = {kind: of["bytes"] for kind, of in compiled.get("collectives", {}).items()}
+    yield _section("Compiled: what a device sends in a step", _bars(sent, format_bytes))
 
 
 def _section(title: str, picture: str) -> str:

@@ -99,6 +99,45 @@ def test_the_page_is_whole_and_alone() -> None:
         assert f"<dd>{shown}</dd>" in text
 
 
+SERVING = {
+    "context": 131072,
+    "longest_context": 399074,
+    "sequences": 24,
+    "decode": {
+        "seconds": {"memory": 0.02, "compute": 0.01},
+        "tokens_per_second": [688.4, 1043.2],
+        "price_per_million_tokens": [4.26, 6.46],
+    },
+    "prefill": {"seconds": {"compute": 1.0}, "tokens_per_second": [12772.0, 13038.0]},
+}
+COMPILED = {
+    "memory_per_device": {"total": 60 * GIB, "state": 20 * GIB, "temporaries": 40 * GIB},
+    "flops_by_scope": {f"moe_layers {i} backward": 1e9 * (20 - i) for i in range(20)},
+    "collectives": {"all-gather": {"count": 3, "bytes": 2 * GIB}},
+}
+
+
+def test_serving_and_the_compiled_step() -> None:
+    text = page(PLAN | {"serving": SERVING, "compiled": COMPILED})
+    for shown in ("131,072", "399,074", "24", "688 to 1,043", "4.26 to 6.46", "12,772 to 13,038"):
+        assert f"<dd>{shown}</dd>" in text
+    decode, memory, kinds, operations, sent = _pictures(text)[-5:]
+    assert _widths(decode) == pytest.approx({"memory: 20 ms": BAR, "compute: 10 ms": BAR / 2})
+    state, temporaries = "state: 20.0 GiB", "temporaries: 40.0 GiB"
+    assert _widths(memory) == pytest.approx({state: BAR / 4, temporaries: BAR / 2}, abs=0.1)
+    assert _widths(kinds) == pytest.approx({state: BAR / 2, temporaries: BAR}, abs=0.1)
+    assert len(_widths(operations)) == 12 and "moe 0 backward: 20.0B" in _widths(operations)
+    assert _widths(sent) == {"all-gather: 2.0 GiB": BAR}
+
+
+def test_what_is_not_planned_and_what_does_not_compile_is_said() -> None:
+    large = {"memory_per_device": {"total": 90 * GIB, "available": 79 * GIB}, "largest": []}
+    text = page({"not_planned": "64 does not divide 8 <devices>", "compiled": large})
+    assert "<p>training not planned: 64 does not divide 8 &lt;devices&gt;</p>" in text
+    (told,) = (x for x in _pictures(text)[0].iter("text") if x.get("class") == "bad")
+    assert told.text == "11.0 GiB more than its 79.0 GiB"
+
+
 def test_what_a_plan_lacks_is_left_out() -> None:
     text = page({"topology": "v5p:4x4x4", "mfu": 0.5})
     assert "<svg" not in text and "<section" not in text
