@@ -213,9 +213,21 @@ class Stage:
 class DataConfig:
     """Documents, their packing into rows, and the curriculum of row lengths."""
 
-    source: str = "stdlib"  # "stdlib" or a glob of .jsonl and text files
-    text_field: str = "text"  # of a JSONL record
-    skip_invalid: bool = False  # True: unusable files and lines are counted, not an error
+    # "stdlib", a glob of files, or a folder of a Hugging Face data set or of tokens (docs/data.md).
+    source: str = "stdlib"
+    # "bytes", or a tokenizer.json, a SentencePiece .model, or a folder with one.
+    tokenizer: str = "bytes"
+    # What a record is: "text", "chats" (messages) or "pairs" (prompt and answer); of the last two,
+    # answers alone are trained on.
+    records: str = "text"
+    text_field: str = "text"
+    messages_field: str = "messages"  # objects of role and content
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    message_format: str = "<|im_start|>{role}\n{content}<|im_end|>\n"
+    skip_invalid: bool = False  # True: unusable files and records are counted, not an error
+    # Where tokens are kept of files that are not bytes to be read at random.
+    cache: str = "~/.cache/moe_jax/tokens"
     holdout_every: int = 32  # every n-th document is held out for evaluation
     num_streams: int = 8  # independent packers; divides the rows of every stage
     packing_bins: int = 32  # rows that one packer fills at a time

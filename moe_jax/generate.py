@@ -22,8 +22,7 @@ from moe_jax.inference.redundancy import measure_load, with_redundant_experts
 from moe_jax.inference.request import Request, make_mesh, parse_mesh
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writing import write
-from moe_jax.interop.conversion import TOKENIZER
-from moe_jax.interop.orbax_files import find_checkpoint
+from moe_jax.interop.orbax_files import find_tokenizer
 from moe_jax.interop.weights import load_model, read_weights
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder to read.")
@@ -67,8 +66,7 @@ def main(_: list[str]) -> None:
     lines = platform.start(mesh_config)
 
     config, _, notes = read_weights(path)
-    checkpoint = find_checkpoint(path)
-    tokenizer = open_tokenizer(checkpoint / TOKENIZER if checkpoint else path, config.vocab_size)
+    tokenizer = open_tokenizer(find_tokenizer(path), config.vocab_size)
     prompts = request.read(tokenizer)
     slots = request.slots(prompts, config)
     mesh = make_mesh(mesh_config, config, redundant)

@@ -220,7 +220,13 @@ def _check_data(config: Config) -> None:
     _at_least(config, 0, "data.holdout_every", "data.prefetch")
     _require(
         config.data.source != "",
-        "config.data.source='' is empty; give 'stdlib' or a glob of .jsonl and text files",
+        "config.data.source='' is empty; give 'stdlib', a glob of files or a folder",
+    )
+    _one_of(config, "data.records", "text", "chats", "pairs")
+    form = config.data.message_format
+    _require(
+        form.count("{content}") == 1,
+        f"config.data.message_format={form!r} must have {{content}} once",
     )
     _require(
         config.data.holdout_every != 1,

@@ -334,6 +334,6 @@ def test_the_command_answers_a_mistake_in_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: config.data.source='{tmp_path}/none/*.txt' matches no file; give 'stdlib' or a "
-        "glob of .jsonl and text files\n"
+        f"error: config.data.source='{tmp_path}/none/*.txt' matches no file; give 'stdlib', "
+        "a glob of files or a folder\n"
     )

@@ -133,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"data.source": ""},
-        "config.data.source='' is empty; give 'stdlib' or a glob of .jsonl and text files",
+        "config.data.source='' is empty; give 'stdlib', a glob of files or a folder",
     ),
     (
         {"data.stages": stages((0, None))},

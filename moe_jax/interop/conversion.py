@@ -15,11 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moe_jax.config import UserError
 from moe_jax.interop.huggingface import DTYPES, check_fit, write_folder
 from moe_jax.interop.lazy import Lazy, flatten
-from moe_jax.interop.orbax_files import find_checkpoint, write_checkpoint
+from moe_jax.interop.orbax_files import TOKENIZER, find_tokenizer, write_checkpoint
 from moe_jax.interop.weights import is_huggingface, read_weights
 
 # Files beside the weights that go along.
-TOKENIZER = "tokenizer"  # the folder in which a checkpoint of ours has them
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "generation_config.json"),
@@ -63,9 +62,7 @@ def convert(source: Path, target: Path, dtype: str) -> None:
             beside = source, target / TOKENIZER
         else:
             write_folder(target, config, weights, dtype, advance)
-            checkpoint = find_checkpoint(source)
-            assert checkpoint is not None
-            beside = checkpoint / TOKENIZER, target
+            beside = find_tokenizer(source), target
     copied = _copy(*beside)
     print(
         f"written     {target}: {total:,} weights, {dtype}"

@@ -31,6 +31,19 @@ def quiet() -> None:
     logging.getLogger("orbax").setLevel(logging.WARNING)
 
 
+TOKENIZER = "tokenizer"  # the folder beside weights, or in a work directory, with its files
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The folder of a model's tokenizer, if it has one: a Hugging Face folder is its own."""
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        return path
+    of_run = checkpoint.parent.parent / TOKENIZER
+    trained = checkpoint.parent.name == "checkpoints" and of_run.is_dir()
+    return of_run if trained else checkpoint / TOKENIZER
+
+
 def find_checkpoint(path: Path) -> Path | None:
     """The checkpoint at a path: itself, or the newest of a work directory or its checkpoints.
 

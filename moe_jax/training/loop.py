@@ -14,13 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
-from moe_jax.data.corpus import Corpus, open_corpus, split_holdout
+from moe_jax.data.corpus import Corpus, open_corpus, open_tokenizer, split_holdout
 from moe_jax.data.curriculum import stage_at
 from moe_jax.data.loader import train_batches
-from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.data.tokenizer import TrainingTokenizer
 from moe_jax.fields import to_dict
 from moe_jax.inference.generation import Generator
 from moe_jax.inference.sampling import Sampling
+from moe_jax.interop.orbax_files import TOKENIZER
 from moe_jax.interop.weights import load_weights
 from moe_jax.models.language_model import LanguageModel
 from moe_jax.planning.machines import peak_operations
@@ -60,6 +61,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         )
         display.lines(summary.machine(mesh, peak, peak_source))
 
+        tokenizer = open_tokenizer(config.data)
+        check_vocabulary(config, tokenizer)
         corpus = open_corpus(config.data)
         train_spans, held_out = split_holdout(corpus, config.data.holdout_every)
         check_data(config, corpus, len(train_spans))
@@ -86,6 +89,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         if is_main:
             text = json.dumps(to_dict(config), indent=2)
             (workdir / "config.json").write_text(text + "\n")
+            tokenizer.save(workdir / TOKENIZER)
             writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first_step)))
         train_step = CompiledByShape(make_train_step(config))
         evaluate = Evaluation(config, corpus, held_out, share, place)
@@ -143,7 +147,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         checkpoints.wait()
         display.lines(summary.ending(config, workdir))
         if training.sample_tokens:
-            display.line(summary.sample(sample_text(config, state, mesh)))
+            display.line(summary.sample(sample_text(config, tokenizer, state, mesh)))
 
 
 def start(
@@ -193,29 +197,33 @@ def global_batch(
     }
 
 
-def sample_text(config: Config, state: Tree, mesh: Mesh) -> str:
+def sample_text(config: Config, tokenizer: TrainingTokenizer, state: Tree, mesh: Mesh) -> str:
     """What the model makes of the config's prompt."""
-    tokenizer, training = ByteTokenizer(), config.training
+    training = config.training
     model = LanguageModel(
         config.model, config.precision, mesh, state["parameters"], state["router_bias"]
     )
-    prompt = tokenizer.prompt(training.sample_prompt)
+    (ids,) = tokenizer.encode([training.sample_prompt.encode()])
+    prompt = np.concatenate([[tokenizer.boundary], ids], dtype=np.int32)
     slots = len(prompt) + training.sample_tokens
     generator = Generator(model, slots=slots, sampling=Sampling(temperature=0.7))
     (tokens,) = generator([prompt], training.sample_tokens, config.seed)
     return tokenizer.decode([*prompt, *tokens])
 
 
-def check_data(config: Config, corpus: Corpus, train_spans: int) -> None:
-    """Refuses token ids that the model lacks, and a corpus that leaves nothing to train on."""
-    size = ByteTokenizer.vocab_size
-    if size > config.model.vocab_size:
+def check_vocabulary(config: Config, tokenizer: TrainingTokenizer) -> None:
+    """Refuses token ids that the model lacks."""
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"config.model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
-            f"{size}"
+            f"{tokenizer.vocab_size}"
         )
+
+
+def check_data(config: Config, corpus: Corpus, train_spans: int) -> None:
+    """Refuses a corpus that leaves nothing to train on."""
     if not train_spans:
         raise UserError(
-            f"config.data.source={config.data.source!r} has {len(corpus)} documents, and "
+            f"config.data.source={config.data.source!r} has {len(corpus.lengths)} documents, and "
             f"config.data.holdout_every={config.data.holdout_every} leaves none for training"
         )

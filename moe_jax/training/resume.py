@@ -16,6 +16,7 @@ FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_p
 # Of those, what changes nothing. The corpus itself is compared by its fingerprint.
 FREE = (
     *("config.data.source", "config.data.prefetch", "config.data.skip_invalid"),
+    *("config.data.tokenizer", "config.data.cache"),
     *(f"config.model.{name}" for name in WEIGHTLESS),
 )
 

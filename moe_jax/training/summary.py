@@ -33,7 +33,7 @@ def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
     skipped = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items())
     training = config.training
     return [
-        f"data        {config.data.source}: {len(corpus)} documents"
+        f"data        {config.data.source}: {len(corpus.lengths)} documents"
         + (f" (skipped: {skipped})" if skipped else ""),
         f"            {format_count(tokens)} tokens to train on, {cut} documents longer than a row",
         f"batch       {format_count(training.tokens_per_step)} tokens a step, "

@@ -3,7 +3,6 @@
 import json
 import os
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.corpus import Corpus, Span, open_corpus, split_holdout
+from moe_jax.data import formats
+from moe_jax.data.corpus import Span, open_corpus, split_holdout
+from moe_jax.data.files import Files
 
 SKIP = "; mend it, or set config.data.skip_invalid=True to skip and count such"
 
 
-def _open(pattern: Path | str, **fields: Any) -> Corpus:
-    return open_corpus(DataConfig(source=str(pattern), **fields))
+def _open(pattern: Path | str, **fields: Any) -> Files:
+    corpus = open_corpus(DataConfig(source=str(pattern), **fields))
+    assert isinstance(corpus, Files)
+    return corpus
 
 
-def _texts(corpus: Corpus) -> list[bytes]:
-    return [corpus[i] for i in range(len(corpus))]
+def _texts(corpus: Files) -> list[bytes]:
+    return [_text(corpus, i) for i in range(len(corpus.lengths))]
+
+
+def _text(corpus: Files, i: int) -> bytes:
+    return b"".join(piece.text for piece in corpus.document(i))
 
 
 def _write(folder: Path, **files: bytes) -> Path:
@@ -35,19 +42,19 @@ def _write(folder: Path, **files: bytes) -> Path:
 
 
 def test_the_standard_library_is_the_same_large_corpus_each_time() -> None:
-    corpus, again = open_corpus(DataConfig()), open_corpus(DataConfig())
-    assert corpus.num_bytes > 5_000_000
+    corpus, again = _open("stdlib"), _open("stdlib")
+    assert corpus.lengths.sum() > 5_000_000
     assert (corpus.fingerprint, corpus.skipped) == (again.fingerprint, again.skipped)
     assert corpus.skipped.keys() <= {"empty file"}
-    names = [corpus.name(i) for i in range(len(corpus))]
+    names = [corpus.name(i) for i in range(len(corpus.lengths))]
     assert names == sorted(set(names))
     for name in names:
         parts = set(Path(name).parts)
         assert not parts & {"test", "tests", "site-packages", "__pycache__"} and name[0] != "/"
     i = names.index("json/decoder.py")
     root = Path(sysconfig.get_path("stdlib"))
-    assert corpus[i] == (root / "json/decoder.py").read_bytes()
-    assert corpus.lengths[i] == len(corpus[i])
+    assert _text(corpus, i) == (root / "json/decoder.py").read_bytes()
+    assert corpus.lengths[i] == len(_text(corpus, i))
 
 
 def test_text_files_are_taken_byte_for_byte(tmp_path: Path) -> None:
@@ -57,7 +64,6 @@ def test_text_files_are_taken_byte_for_byte(tmp_path: Path) -> None:
     corpus = _open(tmp_path / "*")
     assert _texts(corpus) == contents
     assert corpus.lengths.dtype == np.int64 and corpus.lengths.tolist() == list(map(len, contents))
-    assert corpus.num_bytes == sum(map(len, contents))
     assert [corpus.name(i) for i in range(3)] == [
         str(tmp_path / name) for name in ("a.txt", "b.md", "c.JSON")
     ]
@@ -116,37 +122,37 @@ BAD: dict[str, tuple[str, bytes, str, str]] = {
         "x.jsonl",
         b'{"text": "a"}\n\n{"text": "b"\n',
         ":3 is not JSON: Expecting ',' delimiter at column 13",
-        "JSONL line that does not parse",
+        "record that does not parse",
     ),
     "a list": (
         "x.jsonl",
         b'["text"]\n',
         ":1 is a JSON list, not an object",
-        "JSONL line without text",
+        "record without text",
     ),
     "no such field": (
         "x.jsonl",
         b'{"url": "u", "body": "b"}',
         ":1 has no field 'text' (config.data.text_field); it has body, url",
-        "JSONL line without text",
+        "record without text",
     ),
     "no fields": (
         "x.jsonl",
         b"{}",
         ":1 has no field 'text' (config.data.text_field); it has no fields",
-        "JSONL line without text",
+        "record without text",
     ),
     "an empty text": (
         "x.jsonl",
         b'{"text": ""}',
         ":1 has no text in field 'text' (config.data.text_field); it has text",
-        "JSONL line without text",
+        "record without text",
     ),
     "text that is no string": (
         "x.jsonl",
         b'{"text": 5}',
         ":1 has no text in field 'text' (config.data.text_field); it has text",
-        "JSONL line without text",
+        "record without text",
     ),
 }
 
@@ -174,19 +180,18 @@ def test_json_beyond_the_parsers_limits_does_not_parse(tmp_path: Path, line: byt
         _open(tmp_path / "*")
     corpus = _open(tmp_path / "*", skip_invalid=True)
     assert _texts(corpus) == [b"b"]
-    assert corpus.skipped == {"JSONL line that does not parse": 1}
+    assert corpus.skipped == {"record that does not parse": 1}
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, a_txt=b"a", b_txt=b"b")
-    real: Callable[[Path], bytes] = Path.read_bytes
 
-    def read_bytes(path: Path) -> bytes:  # permissions do not bind root
+    def opened(path: Path, mode: str) -> Any:  # permissions do not bind root
         if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return real(path)
+        return open(path, mode)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(formats, "open", opened, raising=False)
     with pytest.raises(UserError) as error:
         _open(tmp_path / "*")
     assert str(error.value) == f"cannot read {tmp_path / 'a.txt'}: Permission denied{SKIP}"
@@ -198,8 +203,8 @@ def test_no_match_and_nothing_usable_left(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         _open("/no/such/*.txt")
     assert str(error.value) == (
-        "config.data.source='/no/such/*.txt' matches no file; give 'stdlib' or a glob of .jsonl "
-        "and text files"
+        "config.data.source='/no/such/*.txt' matches no file; give 'stdlib', a glob of files or a "
+        "folder"
     )
     _write(tmp_path, a_txt=b"", b_txt=b"\xff", c_txt=b"")
     with pytest.raises(UserError) as error:
@@ -242,13 +247,13 @@ def test_a_file_that_changes_while_in_use_is_noticed(
     file = tmp_path / name
     file.write_bytes(before)
     corpus = _open(file)
-    assert b"one" in corpus[0]
+    assert b"one" in _text(corpus, 0)
     if after is None:
         os.remove(file)
     else:
         file.write_bytes(after)
     with pytest.raises(UserError) as error:
-        corpus[0]
+        corpus.tokens(0)
     assert str(error.value) == (
         f"{corpus.name(0)} changed while it was in use; start the run again"
     )
@@ -299,9 +304,6 @@ class Sized:
     def __init__(self, lengths: list[int]):
         self.lengths = np.array(lengths, np.int64)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
 
 def test_a_jsonl_file_of_many_lines_is_read_at_random(tmp_path: Path) -> None:
     texts = [f"line {i} " + "é" * (i % 7) for i in range(100)]
@@ -309,4 +311,4 @@ def test_a_jsonl_file_of_many_lines_is_read_at_random(tmp_path: Path) -> None:
     _write(tmp_path, a_jsonl=lines.encode())
     corpus = _open(tmp_path / "a.jsonl")
     order = np.random.default_rng(0).permutation(100)
-    assert [corpus[i] for i in order] == [texts[i].encode() for i in order]
+    assert [_text(corpus, int(i)) for i in order] == [texts[i].encode() for i in order]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_jax.data.corpus import Span
 from moe_jax.data.mixture import Draws
 
-repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=12)
 
 
 def _groups(lengths: list[list[int]]) -> list[list[Span]]:
@@ -48,7 +48,7 @@ def test_shares_of_tokens_hold_at_any_time(
     for index in range(num_streams):
         draws = Draws(_groups(lengths), weights, index=index, num_streams=num_streams, seed=seed)
         drawn = np.zeros(len(lengths))
-        for span in _take(draws, 60):
+        for span in _take(draws, 30):
             drawn[span.document // 100] += span.stop
             # As far as a span, and what streams start apart, from each of the others.
             behind = np.array(weights) * drawn.sum() - drawn
@@ -60,9 +60,9 @@ def test_shares_of_tokens_hold_at_any_time(
 def test_long_runs_come_to_the_weights() -> None:
     groups = _groups([[100, 3], [7] * 9, [20]])
     draws = Draws(groups, [0.7, 0.2, 0.1], index=0, num_streams=1, seed=0)
-    _take(draws, 5000)
+    _take(draws, 400)
     tokens = np.array(draws.state["tokens"])
-    np.testing.assert_allclose(tokens / tokens.sum(), [0.7, 0.2, 0.1], atol=2e-3)
+    np.testing.assert_allclose(tokens / tokens.sum(), [0.7, 0.2, 0.1], atol=3e-2)
 
 
 @repeatable

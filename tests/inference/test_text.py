@@ -19,7 +19,7 @@ def _parts(stream: TextStream, chunks: list[list[int]]) -> list[str]:
 @settings(derandomize=True, deadline=None, database=None, max_examples=100)
 @given(st.text(), st.integers(1, 3), st.text(max_size=3))
 def test_the_parts_are_the_whole_and_no_character_is_split(text: str, size: int, prompt: str):
-    ids = [*BYTES.encode(text).tolist(), BOUNDARY]
+    ids = [*BYTES.encode([text.encode()])[0].tolist(), BOUNDARY]
     chunks = [ids[i : i + size] for i in range(0, len(ids), size)]
     parts = _parts(TextStream(BYTES, BYTES.prompt(prompt)), chunks)
     assert "".join(parts) == text
