@@ -18,6 +18,7 @@ from moe_jax import sharding, validation
 from moe_jax.ops import routing
 from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
+from moe_jax.schedules import scheduled
 from moe_jax.training import step
 
 
@@ -54,15 +55,16 @@ class TrainStep:
         with jax.set_mesh(mesh):
             self.state = jax.jit(lambda: step.init_state(config))()
             self.batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+            self.scheduled = scheduled(config, 0)
             lowered = jax.jit(step.make_train_step(config), donate_argnums=0).lower(
-                self.state, self.batch
+                self.state, self.batch, self.scheduled
             )
         self.compiled = lowered.compile()
         count = count_parameters(self.state["parameters"], self.state["router_bias"], model)
         self.operations = training_operations(model, count, length) * rows * length
 
     def run(self):
-        self.state, metrics = self.compiled(self.state, self.batch)
+        self.state, metrics = self.compiled(self.state, self.batch, self.scheduled)
         return self.state, metrics
 
 

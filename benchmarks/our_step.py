@@ -12,6 +12,7 @@ from benchmarks.shape import SHAPE
 from moe_jax import config as configs
 from moe_jax import sharding
 from moe_jax.planning.operations import count_parameters, training_operations
+from moe_jax.schedules import scheduled
 from moe_jax.training import step
 
 
@@ -67,13 +68,13 @@ def train_step(dtype: str, kind: str) -> tuple[Callable[[], None], float]:
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: step.init_state(config))()
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-        compiled = (
-            jax.jit(step.make_train_step(config), donate_argnums=0).lower(state, placed).compile()
-        )
+        values = scheduled(config, 0)
+        jitted = jax.jit(step.make_train_step(config), donate_argnums=0)
+        compiled = jitted.lower(state, placed, values).compile()
 
     def run():
         nonlocal state
-        state, _ = jax.block_until_ready(compiled(state, placed))
+        state, _ = jax.block_until_ready(compiled(state, placed, values))
 
     count = count_parameters(state["parameters"], state["router_bias"], config.model)
     return run, training_operations(config.model, count, length) * rows * length

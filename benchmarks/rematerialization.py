@@ -40,6 +40,7 @@ from moe_jax.models.block import PRODUCTS, REMATERIALIZATION, ROUTED, Block, mak
 from moe_jax.ops import attention
 from moe_jax.planning import topologies
 from moe_jax.planning.compiled import Counts, Product, Walk
+from moe_jax.schedules import scheduled
 from moe_jax.training import step
 
 EXCHANGES = ("all_to_all", "ragged_all_to_all")
@@ -177,7 +178,8 @@ def compile_step(shape: Shape, routed: int, rows: int, policy: str) -> Any:
     batch = {name: field(jnp.int32) for name in integers} | {"loss_weights": field(jnp.float32)}
     with jax.set_mesh(shape.mesh):
         state = jax.tree.map(placed, jax.eval_shape(lambda: step.init_state(config)))
-        lowered = jax.jit(step.make_train_step(config), donate_argnums=0).lower(state, batch)
+        jitted = jax.jit(step.make_train_step(config), donate_argnums=0)
+        lowered = jitted.lower(state, batch, scheduled(config, 0))
         return lowered.compile(shape.compiler_options)
 
 

@@ -38,5 +38,4 @@ def get_config(size: str = "full") -> ConfigDict:
     config.training.micro_batches = 1
     config.training.num_steps = 3000
     config.training.mtp_loss_weight = 0.1
-    config.training.mtp_late_from_tokens = None
     return sized(config, size)

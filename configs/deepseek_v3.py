@@ -51,6 +51,10 @@ def get_config(size: str = "full") -> ConfigDict:
     config.training.tokens_per_step = 16384 * 4096
     config.training.micro_batches = 8
     config.training.num_steps = 220_500  # 14.8 T tokens
-    config.training.mtp_late_from_tokens = 10_000_000_000_000
+    # Section 4.2.
+    config.training.mtp_loss_weight = (
+        {"value": 0.3, "until_tokens": 10 * 10**12},
+        {"value": 0.1},
+    )
     config.checkpoint.every_steps = 500
     return sized(config, size)

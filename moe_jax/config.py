@@ -5,7 +5,6 @@ A config file (`configs/*.py`) starts from `default_config()`, changes fields an
 """
 
 import dataclasses
-import types
 import typing
 from typing import Any
 
@@ -72,6 +71,24 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """What a value is, or where it goes, until so many tokens of the run are seen.
+
+    "constant" is `value` all along. "linear" and "cosine" go there from the value at the end of the
+    phase before, or from 0: a warm-up is a linear phase at the start. Behind the last phase the
+    value stays.
+    """
+
+    value: float = 0.0
+    until_tokens: int | None = None  # padding counted; None, in the last phase: the run's end
+    kind: str = "constant"  # or "linear", "cosine"
+
+
+# A number, or what it becomes as tokens are seen (`schedules.py`).
+Schedule = float | tuple[Phase, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Shared and routed experts, what balances them, and what is dropped.
 
@@ -90,15 +107,15 @@ class MoEConfig:
     num_limited_groups: int = 2  # groups that a token's experts may come from
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
-    bias_update_speed: float = 0.001  # gamma, added to or taken from a router bias once an update
-    sequence_loss_weight: float = 1e-4  # V3's sequence-wise loss
-    expert_loss_weight: float = 0.0  # V2's three, per sequence
-    device_loss_weight: float = 0.0
-    communication_loss_weight: float = 0.0
+    bias_update_speed: Schedule = 0.001  # gamma, which a router bias moves by once an update
+    sequence_loss_weight: Schedule = 1e-4  # V3's sequence-wise loss
+    expert_loss_weight: Schedule = 0.0  # V2's three, per sequence
+    device_loss_weight: Schedule = 0.0
+    communication_loss_weight: Schedule = 0.0
     num_device_groups: int = 1  # equal parts of the experts, V2's devices
-    switch_loss_weight: float = 0.0  # Switch Transformer's, per micro-batch and layer
-    mixtral_loss_weight: float = 0.0  # the same of all layers' routing pooled
-    z_loss_weight: float = 0.0  # on the router's logits
+    switch_loss_weight: Schedule = 0.0  # Switch Transformer's, per micro-batch and layer
+    mixtral_loss_weight: Schedule = 0.0  # the same of all layers' routing pooled
+    z_loss_weight: Schedule = 0.0  # on the router's logits
     # What training drops: "none"; "expert", what exceeds an expert's capacity, later tokens first
     # (Switch); "device", what exceeds a device group's, lowest scores first (V2).
     token_dropping: str = "none"
@@ -186,11 +203,12 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, both in updates."""
+    """AdamW. The learning rate is a linear warm-up and one cosine, or any other phases."""
 
-    peak_lr: float = 2e-3
-    final_lr: float = 2e-4
-    warmup_steps: int = 50
+    peak_lr: float | None = 2e-3  # at the end of the warm-up
+    final_lr: float | None = 2e-4  # at the end of the run
+    warmup_steps: int | None = 50
+    lr_phases: tuple[Phase, ...] | None = None  # in place of those three, which are then None
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -249,9 +267,7 @@ class TrainingConfig:
     # latents and the result of attention. "minimal": routing and received tokens as well. "none":
     # the result of every product.
     rematerialization: str = "full"
-    mtp_loss_weight: float = 0.3  # lambda of multi-token prediction (V3, equation 25)
-    mtp_late_loss_weight: float = 0.1  # the same once `mtp_late_from_tokens` tokens are seen
-    mtp_late_from_tokens: int | None = None
+    mtp_loss_weight: Schedule = 0.3  # lambda of multi-token prediction (V3, equation 25)
     log_every_steps: int = 10
     eval_every_steps: int = 100
     eval_batches: int = 4
@@ -303,8 +319,8 @@ def _to_config_dict(value: Any) -> ConfigDict:
             item = _to_config_dict(item)
         elif field.name == "stages":
             item = tuple(dataclasses.asdict(stage) for stage in item)
-        elif types.NoneType in typing.get_args(types_of[field.name]):
-            # On the command line, "None" is a value of `object` alone; `build` checks the type.
+        elif typing.get_args(types_of[field.name]):
+            # Values of several types are of type `object` there; `build` checks them.
             item = config_dict.FieldReference(item, field_type=object)
         result[field.name] = item
     return result.lock()
@@ -362,7 +378,6 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     training.micro_batches = 1
     training.num_steps = 160
     training.eval_every_steps = family.checkpoint.every_steps = 40
-    training.mtp_late_from_tokens = None
     family.optimizer.peak_lr = 4e-3
     family.optimizer.final_lr = 2e-4
     family.optimizer.warmup_steps = 20

@@ -35,25 +35,39 @@ def build(cls: type, raw: Any, path: str = "config") -> Any:
         if dataclasses.is_dataclass(kind):
             values[name] = build(typing.cast(type, kind), value, place)
         elif typing.get_origin(kind) is tuple:
-            if not isinstance(value, tuple | list) or not value:
-                raise UserError(f"{place} must be a tuple of stages, not {value!r}")
-            item = typing.get_args(kind)[0]
-            values[name] = tuple(build(item, v, f"{place}[{i}]") for i, v in enumerate(value))
+            values[name] = _tuple(kind, value, place)
         else:
-            values[name] = _scalar(kind, value, place)
+            values[name] = _one_of(kind, value, place)
     return cls(**values)
 
 
-def _scalar(kind: Any, value: Any, place: str) -> Any:
+def _tuple(kind: Any, value: Any, place: str) -> tuple[Any, ...]:
+    item = typing.get_args(kind)[0]
+    if not isinstance(value, tuple | list) or not value:
+        raise UserError(f"{place} must be a tuple of {item.__name__.lower()}s, not {value!r}")
+    return tuple(build(item, v, f"{place}[{i}]") for i, v in enumerate(value))
+
+
+def _one_of(kind: Any, value: Any, place: str) -> Any:
+    """A value of a type or of one of a union's."""
     allowed = typing.get_args(kind) or (kind,)
+    for option in allowed:
+        if typing.get_origin(option) is tuple and isinstance(value, tuple | list):
+            return _tuple(option, value, place)
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:
-        names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        names = " or ".join(map(_name, allowed))
         raise UserError(f"{place} must be of type {names}, not {value!r}")
     if type(value) is float and not math.isfinite(value):
         raise UserError(f"{place}={value} must be a finite number")
     return value
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple of {typing.get_args(kind)[0].__name__.lower()}s"
+    return "None" if kind is types.NoneType else kind.__name__
 
 
 def unknown_field(path: str, siblings: list[str]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moe_jax import schedules
 from moe_jax.config import (
     BACKENDS,
     DTYPES,
@@ -58,7 +59,8 @@ def _at_most(config: Config, small: str, large: str) -> None:
 def _value(config: Config, field: str) -> Any:
     value: Any = config
     for name in field.split("."):
-        value = getattr(value, name)
+        name, _, index = name.rstrip("]").partition("[")
+        value = getattr(value, name)[int(index)] if index else getattr(value, name)
     return value
 
 
@@ -180,9 +182,9 @@ def _check_moe(config: Config) -> None:
         config,
         0,
         *("model.moe.num_shared_experts", "model.moe.routed_scaling_factor"),
-        "model.moe.bias_update_speed",
-        *(f"model.moe.{n}" for n in field_names("config.model.moe") if n.endswith("_loss_weight")),
     )
+    for field in schedules.FIELDS:
+        _check_schedule(config, field)
     _one_of(config, "model.moe.scoring_func", "sigmoid", "softmax")
     _one_of(config, "model.moe.topk_method", "noaux_tc", "group_limited_greedy", "greedy")
     _one_of(config, "model.moe.token_dropping", "none", "expert", "device")
@@ -290,15 +292,8 @@ def _check_run(config: Config) -> None:
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
-    _at_least(config, 0, "training.mtp_loss_weight", "training.mtp_late_loss_weight")
-    _at_least(config, 0, "training.mtp_late_from_tokens")
-    _at_least(
-        config,
-        0,
-        *("optimizer.peak_lr", "optimizer.final_lr", "optimizer.warmup_steps"),
-        "optimizer.weight_decay",
-    )
-    _at_most(config, "optimizer.final_lr", "optimizer.peak_lr")
+    _check_learning_rate(config)
+    _at_least(config, 0, "optimizer.weight_decay")
     for name in ("clip_norm", "eps"):
         value = getattr(config.optimizer, name)
         _require(value > 0, f"config.optimizer.{name}={value} must be above 0")
@@ -307,6 +302,54 @@ def _check_run(config: Config) -> None:
         _require(0 <= value < 1, f"config.optimizer.{name}={value} must be in [0, 1)")
     _check_sample(config)
     profile_steps(config)
+
+
+def _check_learning_rate(config: Config) -> None:
+    fields = ("optimizer.peak_lr", "optimizer.final_lr", "optimizer.warmup_steps")
+    if config.optimizer.lr_phases is not None:
+        for field in fields:
+            _require(
+                _value(config, field) is None,
+                f"config.{field}={_value(config, field)} must be None: config.optimizer.lr_phases "
+                "stands in its place",
+            )
+        _check_schedule(config, "optimizer.lr_phases")
+        return
+    for field in fields:
+        _require(
+            _value(config, field) is not None,
+            f"config.{field}=None must be a number where config.optimizer.lr_phases is None",
+        )
+    _at_least(config, 0, *fields)
+    _at_most(config, "optimizer.final_lr", "optimizer.peak_lr")
+
+
+def _check_schedule(config: Config, field: str) -> None:
+    """A number, or phases one after the other."""
+    schedule = _value(config, field)
+    if not isinstance(schedule, tuple):
+        _at_least(config, 0, field)
+        return
+    ends = [phase.until_tokens for phase in schedule]
+    for i in range(len(schedule)):
+        _at_least(config, 0, f"{field}[{i}].value")
+        _one_of(config, f"{field}[{i}].kind", *schedules.KINDS)
+    _check_ends(f"config.{field}", ends)
+
+
+def _check_ends(place: str, ends: list[int | None]) -> None:
+    """Refuses ends in tokens that do not follow one another; the last may be None."""
+    before = 0
+    for i, end in enumerate(ends):
+        if end is None:
+            _require(
+                i == len(ends) - 1,
+                f"{place}[{i}].until_tokens=None must be a number: {place}[{i + 1}] follows",
+            )
+        else:
+            what = f"those of {place}[{i - 1}], {before}" if i else "0"
+            _require(end > before, f"{place}[{i}].until_tokens={end} must be above {what}")
+            before = end
 
 
 def _check_sample(config: Config) -> None:

@@ -27,6 +27,7 @@ from moe_jax.config import (
 )
 from moe_jax.planning.case import Case
 from moe_jax.planning.compiled import Counts, Walk
+from moe_jax.schedules import scheduled
 from moe_jax.training.loop import abstract_state
 from moe_jax.training.step import init_state, make_train_step
 
@@ -135,7 +136,7 @@ def counts_of(config: Config) -> Counts:
         batch = {name: field(jnp.int32) for name in integers}
         batch["loss_weights"] = field(jnp.float32)
         step = quick_jit(make_train_step(config), donate_argnums=0)
-        text = step.lower(state_of(config), batch).compile().as_text()
+        text = step.lower(state_of(config), batch, scheduled(config, 0)).compile().as_text()
     # Of an expert's tiles, in pieces: as many of the largest as its load fills, and so on.
     experts = math.prod(mesh.shape[axis] for axis in sharding.EXPERT_AXES)
     moe = config.model.moe

@@ -14,6 +14,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError, default_config, sized
 from moe_jax.models.language_model import abstract_weights
 from moe_jax.planning.operations import Parameters, count_parameters
+from moe_jax.schedules import scheduled
 from moe_jax.training.step import init_state, make_train_step
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
@@ -89,7 +90,8 @@ def test_tiny_siblings_train(name: str) -> None:
         state = jax.eval_shape(jax.jit(lambda: init_state(config)))
         batch = {name: array(np.int32) for name in ("tokens", "targets", "segment_ids")}
         batch |= {"positions": array(np.int32), "loss_weights": array(np.float32)}
-        new, metrics = jax.eval_shape(make_train_step(config), state, batch)
+        step = make_train_step(config)
+        new, metrics = jax.eval_shape(step, state, batch, scheduled(config, 0))
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert {"loss", "grad_norm"} <= set(metrics)
 

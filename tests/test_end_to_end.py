@@ -22,7 +22,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 import moe_jax
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
-from moe_jax.data.curriculum import num_rows
+from moe_jax.curriculum import num_rows
+from moe_jax.schedules import scheduled
 from moe_jax.training.loop import train
 from moe_jax.training.step import init_state, make_train_step
 
@@ -272,7 +273,7 @@ def test_every_config_builds(path: Path) -> None:
                 for name in ("tokens", "targets", "segment_ids", "positions")
             }
             batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-            new, metrics = jax.eval_shape(step, state, batch)
+            new, metrics = jax.eval_shape(step, state, batch, scheduled(config, 0))
             jax.tree.map(
                 lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(), new, state
             )

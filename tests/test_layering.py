@@ -10,7 +10,10 @@ PACKAGE = Path(moe_jax.__file__).parent
 
 # What a layer may import besides itself. Modules directly under moe_jax are the commands, save for
 # the foundation.
-FOUNDATION = {"config", "fields", "validation", "sharding", "platform", "units"}
+FOUNDATION = {
+    *("config", "curriculum", "fields", "platform", "schedules", "sharding", "units"),
+    "validation",
+}
 OPS = FOUNDATION | {"ops"}
 LAYERS = OPS | {"layers"}
 MODELS = LAYERS | {"models"}
@@ -20,7 +23,7 @@ ALLOWED = {
     "ops": FOUNDATION,
     "layers": OPS,
     "models": LAYERS,
-    "data": {"config", "fields"},
+    "data": {"config", "curriculum", "fields"},
     "inference": MIDDLE,
     "planning": MODELS,
     "interop": MODELS,

@@ -85,7 +85,7 @@ FLOATS_AT_LEAST_0 = [
     *_fields("model.moe", "routed_scaling_factor", "bias_update_speed", "sequence_loss_weight"),
     *_fields("model.moe", "expert_loss_weight", "device_loss_weight", "switch_loss_weight"),
     *_fields("model.moe", "communication_loss_weight", "mixtral_loss_weight", "z_loss_weight"),
-    *_fields("training", "mtp_loss_weight", "mtp_late_loss_weight"),
+    *_fields("training", "mtp_loss_weight"),
     "precision.fp8_error_bound",
     *_fields("optimizer", "peak_lr", "final_lr", "weight_decay"),
 ]

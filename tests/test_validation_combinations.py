@@ -10,6 +10,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import MESH_AXES, Config, MeshConfig, UserError
 from moe_jax.fields import build, to_dict
 
+NO_RATE = dict.fromkeys(f"optimizer.{n}" for n in ("peak_lr", "final_lr", "warmup_steps"))
 # Changed fields -> the sentence.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
@@ -184,6 +185,38 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"optimizer.final_lr": 0.1},
         "config.optimizer.final_lr=0.1 must not exceed config.optimizer.peak_lr=0.004",
     ),
+    (
+        {"optimizer.lr_phases": ({"value": 0.1},)},
+        "config.optimizer.peak_lr=0.004 must be None: config.optimizer.lr_phases stands in its "
+        "place",
+    ),
+    (
+        {"optimizer.warmup_steps": None},
+        "config.optimizer.warmup_steps=None must be a number where config.optimizer.lr_phases is "
+        "None",
+    ),
+    (
+        {**NO_RATE, "optimizer.lr_phases": ({"value": -0.1},)},
+        "config.optimizer.lr_phases[0].value=-0.1 must be at least 0",
+    ),
+    (
+        {"model.moe.bias_update_speed": ({"value": 0.1, "kind": "sine"},)},
+        "config.model.moe.bias_update_speed[0].kind='sine' must be one of constant, linear, cosine",
+    ),
+    (
+        {"training.mtp_loss_weight": ({"value": 0.3}, {"value": 0.1})},
+        "config.training.mtp_loss_weight[0].until_tokens=None must be a number: "
+        "config.training.mtp_loss_weight[1] follows",
+    ),
+    (
+        {"training.mtp_loss_weight": ({"until_tokens": 0}, {})},
+        "config.training.mtp_loss_weight[0].until_tokens=0 must be above 0",
+    ),
+    (
+        {"training.mtp_loss_weight": ({"until_tokens": 9}, {"until_tokens": 8})},
+        "config.training.mtp_loss_weight[1].until_tokens=8 must be above those of "
+        "config.training.mtp_loss_weight[0], 9",
+    ),
     ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm=0.0 must be above 0"),
     ({"optimizer.eps": 0.0}, "config.optimizer.eps=0.0 must be above 0"),
     ({"optimizer.b1": 1.0}, "config.optimizer.b1=1.0 must be in [0, 1)"),
@@ -222,6 +255,7 @@ def test_combinations_that_cannot_run(fields: dict[str, Any], sentence: str) -> 
         {"data.num_streams": 16, "training.micro_batches": 16},
         {"training.stop_after_step": 240, "optimizer.warmup_steps": 241},
         {"optimizer.peak_lr": 1, "optimizer.final_lr": 1},  # an int for a float
+        {**NO_RATE, "optimizer.lr_phases": ({"value": 1, "until_tokens": 5, "kind": "linear"}, {})},
         {"optimizer.b1": 0.0, "optimizer.ema_decay": 0.9999},
         {"training.sample_tokens": 507},
         {"training.sample_tokens": 0, "training.sample_prompt": "x" * 600},

@@ -14,8 +14,8 @@ import grain
 import numpy as np
 
 from moe_jax.config import Config
+from moe_jax.curriculum import num_rows, stage_at
 from moe_jax.data.corpus import Corpus, Span
-from moe_jax.data.curriculum import num_rows, stage_at
 from moe_jax.data.packing import Row, State, Stream, pack_once
 
 Batch = dict[str, np.ndarray]

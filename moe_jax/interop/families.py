@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import validation
 from moe_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig, RopeConfig, UserError
+from moe_jax.schedules import last_value
 
 Json = dict[str, Any]
 
@@ -258,7 +259,7 @@ def to_huggingface(config: ModelConfig, dtype: str) -> Json:
             "intermediate_size": moe.intermediate_size,
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.num_experts_per_tok,
-            "router_aux_loss_coef": moe.mixtral_loss_weight,
+            "router_aux_loss_coef": last_value(moe.mixtral_loss_weight),
             "sliding_window": None,
         }
     if attention.kind == "latent":
@@ -285,9 +286,9 @@ def to_huggingface(config: ModelConfig, dtype: str) -> Json:
         if family == "deepseek_v3":
             raw["rope_interleave"] = config.rope.interleaved
             raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers
-            raw["aux_loss_alpha"] = moe.sequence_loss_weight
+            raw["aux_loss_alpha"] = last_value(moe.sequence_loss_weight)
         else:
-            raw["aux_loss_alpha"] = moe.expert_loss_weight
+            raw["aux_loss_alpha"] = last_value(moe.expert_loss_weight)
     return raw
 
 

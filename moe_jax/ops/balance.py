@@ -158,7 +158,7 @@ def max_violation(load_NE: jax.Array) -> jax.Array:
     return (jnp.max(load_NE, axis=-1) - mean) / jnp.maximum(mean, 1e-20)
 
 
-def update_bias(bias_NE: jax.Array, load_NE: jax.Array, speed: float) -> jax.Array:
+def update_bias(bias_NE: jax.Array, load_NE: jax.Array, speed: jax.Array | float) -> jax.Array:
     """Raises the bias of under-loaded experts by `speed` and lowers that of over-loaded ones.
 
     Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2); once an update, from the load of

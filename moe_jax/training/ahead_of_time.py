@@ -19,6 +19,7 @@ from moe_jax import platform, sharding
 from moe_jax.config import Config
 from moe_jax.planning import buffers, compiled_step, topologies
 from moe_jax.planning.compiled_step import CompiledStep, TooLarge
+from moe_jax.schedules import scheduled
 from moe_jax.training.loop import abstract_state
 from moe_jax.training.step import init_state, make_train_step
 
@@ -76,7 +77,8 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
             for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
         }
         begin = time.perf_counter()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        lowered = step.lower(state, batch, scheduled(config, 0))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from moe_jax.config import Config
+from moe_jax.curriculum import num_rows
 from moe_jax.data.corpus import Corpus, Span
-from moe_jax.data.curriculum import num_rows
 from moe_jax.data.loader import eval_batches
 from moe_jax.training.step import make_eval_step
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
+from moe_jax.curriculum import stage_at
 from moe_jax.data.corpus import Corpus, open_corpus, open_tokenizer, split_holdout
-from moe_jax.data.curriculum import stage_at
 from moe_jax.data.loader import train_batches
 from moe_jax.data.tokenizer import TrainingTokenizer
 from moe_jax.fields import to_dict
@@ -26,6 +26,7 @@ from moe_jax.interop.weights import load_weights
 from moe_jax.models.language_model import LanguageModel
 from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
+from moe_jax.schedules import changing, scheduled
 from moe_jax.training import resume, summary
 from moe_jax.training.checkpoint import Checkpoints, check_writable
 from moe_jax.training.display import Display
@@ -101,14 +102,15 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
 
         for step in range(first_step + 1, last_step + 1):
             batch = place(next(batches))
-            if train_step.compile(state, batch):
+            values = scheduled(config, step - 1)
+            if train_step.compile(state, batch, values):
                 _, rows, length = batch["tokens"].shape
                 memory = train_step.bytes_per_device(batch)
                 display.line(summary.compiled(rows, length, train_step.seconds, memory))
                 clock.start(step - 1)
             trace.before(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, values)
             trace.after(step, state)
 
             is_last = step == last_step
@@ -122,6 +124,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
                     "step": step,
                     "tokens": step * training.tokens_per_step,
                     **metrics,
+                    **{name: values[name] for name in changing(config)},
                     "sequence_length": length,
                     "tokens_per_second": speed,
                     "mfu": mfu,

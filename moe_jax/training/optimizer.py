@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and which parameters decay."""
+"""AdamW, and which parameters decay."""
 
 from typing import Any
 
@@ -9,24 +9,6 @@ import optax
 from moe_jax.config import OptimizerConfig
 
 Tree = Any  # nested dicts of arrays
-
-
-def learning_rate(config: OptimizerConfig, num_steps: int, update: jax.Array) -> jax.Array:
-    """Linear warm-up to `peak_lr`, then a cosine to `final_lr` at update `num_steps`.
-
-    A run shorter than the warm-up ends before the peak.
-
-    Args:
-      update: [] int32, updates done so far; the first one already has a rate above 0.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.peak_lr,
-        config.warmup_steps,
-        max(num_steps, config.warmup_steps + 1),
-        config.final_lr,
-    )
-    return jnp.asarray(schedule(update + 1), jnp.float32)
 
 
 def decayed(parameters: Tree, decay_all: bool) -> Tree:
@@ -45,8 +27,8 @@ class AdamW:
     Its state is {"mu": tree, "nu": tree}; the count of updates belongs to the train state.
     """
 
-    def __init__(self, config: OptimizerConfig, num_steps: int):
-        self._config, self._num_steps = config, num_steps
+    def __init__(self, config: OptimizerConfig):
+        self._config = config
         self._clip = optax.clip_by_global_norm(config.clip_norm)
         self._adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
         self._decay = optax.add_decayed_weights(
@@ -58,10 +40,14 @@ class AdamW:
         return self._stored({"mu": state.mu, "nu": state.nu})
 
     def update(
-        self, gradients: Tree, moments: Tree, parameters: Tree, update: jax.Array
+        self, gradients: Tree, moments: Tree, parameters: Tree, update: jax.Array, rate: jax.Array
     ) -> tuple[Tree, Tree]:
-        """New parameters and new moments, `update` ([] int32) updates having been done."""
-        rate = learning_rate(self._config, self._num_steps, update)
+        """New parameters and new moments.
+
+        Args:
+          update: [] int32, updates done so far.
+          rate: [] float32, the learning rate.
+        """
         changes, _ = self._clip.update(gradients, optax.EmptyState())
         moments = jax.tree.map(lambda moment: moment.astype(jnp.float32), moments)
         state: Any = optax.ScaleByAdamState(count=update, **moments)

@@ -8,10 +8,9 @@ The state is nested dicts of arrays:
   step: [] int32, batches seen; it advances on a skipped update.
   fp8: [layers, 3, ...] float32 in a tree of the model's names, what products in eight bits remember
     (`ops/fp8_state.py`); only if the recipe has it so.
-  update: [] int32, updates made; it drives moments and schedules.
+  update: [] int32, updates made; it drives the moments.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from moe_jax.layers.linear import Fp8State
 from moe_jax.models.decoder import Decoder, RouterBias, RoutingStats
 from moe_jax.models.multi_token_prediction import reaches, shifted
 from moe_jax.ops import balance, fp8_state
-from moe_jax.training.optimizer import AdamW, learning_rate
+from moe_jax.training.optimizer import AdamW
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -58,7 +57,7 @@ def first_state(config: Config, parameters: Tree, router_bias: Tree) -> Tree:
     state = {
         "parameters": parameters,
         "router_bias": router_bias,
-        "optimizer": AdamW(config.optimizer, config.training.num_steps).init(parameters),
+        "optimizer": AdamW(config.optimizer).init(parameters),
         "step": jnp.zeros((), jnp.int32),
         "update": jnp.zeros((), jnp.int32),
     }
@@ -70,21 +69,17 @@ def first_state(config: Config, parameters: Tree, router_bias: Tree) -> Tree:
     return state
 
 
-def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metrics]]:
-    """The function (state, batch) -> (state, metrics).
+def make_train_step(config: Config) -> Callable[[Tree, Batch, Metrics], tuple[Tree, Metrics]]:
+    """The function (state, batch, scheduled) -> (state, metrics).
 
-    A batch is a dict of [micro_batches, rows, length] arrays (`data.loader`). The loss of each
+    A batch is a dict of [micro_batches, rows, length] arrays (`data.loader`), and `scheduled` the
+    values that change as tokens are seen (`schedules.scheduled`), [] float32 each. The loss of each
     micro-batch is divided by the loss weights of the whole global batch, and its balance losses by
     the batch's rows or micro-batches, so gradients, which add in float32, do not depend on how
     sequences were shared out.
     """
     graphdef = graph(config)
-    optimizer = AdamW(config.optimizer, config.training.num_steps)
-    weights = {
-        field.name.removesuffix("_weight"): getattr(config.model.moe, field.name)
-        for field in dataclasses.fields(config.model.moe)
-        if field.name.endswith("_loss_weight")
-    }
+    optimizer = AdamW(config.optimizer)
 
     def loss_fn(trained, router_bias, batch, scale):
         """The micro-batch's part of the objective; its parts by name; the routing of its tokens."""
@@ -100,21 +95,22 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         if config.model.num_nextn_predict_layers:
             ahead = model.predict_ahead(hidden, *inputs, training=True)
             losses["mtp_loss"] = _ahead_loss(model, ahead.hidden_KBLD, batch) * scale.token
-            objective += scale.mtp * losses["mtp_loss"]
             if ahead.stats is not None:
                 routed["mtp"] = ahead.stats
                 for name, value in _balance_losses(ahead.stats, scale, config).items():
                     losses[name] += value
-        objective += sum(weights[name] * losses[name] for name in weights if name in losses)
+        for name, value in losses.items():
+            if name != "loss":
+                objective += scale.weights[f"{name}_weight"] * value
         return objective, (losses, routed)
 
-    def gradients(state, batch):
+    def gradients(state, batch, scheduled):
         micro_batches, rows, _ = batch["tokens"].shape
         scale = Scale(
             token=1.0 / jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0),
             sequence=1.0 / (micro_batches * rows),
             micro_batch=1.0 / micro_batches,
-            mtp=mtp_weight(config, state["step"]),
+            weights=scheduled,
         )
 
         def micro_step(total, micro_batch):
@@ -128,12 +124,16 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         grads, ((losses, routed), reports) = jax.lax.scan(micro_step, zeros, batch)
         return grads, jax.tree.map(jnp.sum, losses), routed, fp8_state.combined(reports)
 
-    def train_step(state, batch):
-        grads, losses, routed, reports = gradients(state, batch)
+    def train_step(state, batch, scheduled):
+        grads, losses, routed, reports = gradients(state, batch, scheduled)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             parameters, moments = optimizer.update(
-                grads, state["optimizer"], state["parameters"], state["update"]
+                grads,
+                state["optimizer"],
+                state["parameters"],
+                state["update"],
+                scheduled["learning_rate"],
             )
         # Over micro-batches; the mesh's devices are summed already.
         loads = {name: jnp.sum(stats.load_E, axis=0) for name, stats in routed.items()}
@@ -143,7 +143,7 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
             "router_bias": {
                 name: jax.tree.map(
                     lambda bias, load=loads[name]: balance.update_bias(
-                        bias, load, config.model.moe.bias_update_speed
+                        bias, load, scheduled["bias_update_speed"]
                     ),
                     biases,
                 )
@@ -155,9 +155,6 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch], tuple[Tree, Metri
         metrics = {
             **losses,
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate(
-                config.optimizer, config.training.num_steps, state["update"]
-            ),
             "packing_efficiency": jnp.sum(tokens > 0) / tokens.size,
         }
         if "moe_blocks" in routed:
@@ -197,23 +194,13 @@ class Scale(NamedTuple):
     token: [] float32, of sums over tokens, 1 / loss weights of the global batch.
     sequence: of sums over sequences.
     micro_batch: of what is a mean of its own in each micro-batch.
-    mtp: [] float32, the weight of multi-token prediction.
+    weights: [] float32, of losses in the objective, by their names with "_weight".
     """
 
     token: jax.Array
     sequence: float
     micro_batch: float
-    mtp: jax.Array
-
-
-def mtp_weight(config: Config, step: jax.Array) -> jax.Array:
-    """lambda at this step, [] float32 (DeepSeek-V3, section 4.2)."""
-    training = config.training
-    if training.mtp_late_from_tokens is None:
-        return jnp.asarray(training.mtp_loss_weight, jnp.float32)
-    # In steps: tokens run past what int32 holds.
-    late = step >= -(-training.mtp_late_from_tokens // training.tokens_per_step)
-    return jnp.where(late, training.mtp_late_loss_weight, training.mtp_loss_weight)
+    weights: Metrics
 
 
 def _balance_losses(stats: RoutingStats, scale: Scale, config: Config) -> Metrics:

@@ -40,7 +40,7 @@ class Clock:
 
 
 class CompiledByShape:
-    """A step (state, batch) -> (state, metrics), compiled once for each shape of batch.
+    """A step (state, batch, scheduled) -> (state, metrics), compiled once for each shape of batch.
 
     The state is donated.
     """
@@ -50,18 +50,18 @@ class CompiledByShape:
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.seconds = 0.0  # that the last compilation took
 
-    def compile(self, state: Any, batch: dict[str, jax.Array]) -> bool:
+    def compile(self, state: Any, batch: dict[str, jax.Array], scheduled: Any) -> bool:
         """Whether this shape was new."""
         shape = batch["tokens"].shape
         if shape in self._compiled:
             return False
         begin = time.perf_counter()
-        self._compiled[shape] = self._step.lower(state, batch).compile()
+        self._compiled[shape] = self._step.lower(state, batch, scheduled).compile()
         self.seconds = time.perf_counter() - begin
         return True
 
-    def __call__(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
-        return self._compiled[batch["tokens"].shape](state, batch)
+    def __call__(self, state: Any, batch: dict[str, jax.Array], scheduled: Any) -> tuple[Any, Any]:
+        return self._compiled[batch["tokens"].shape](state, batch, scheduled)
 
     def bytes_per_device(self, batch: dict[str, jax.Array]) -> int:
         """Memory that a step takes on one device: its arguments, and what it needs besides."""

@@ -1,6 +1,5 @@
 """Multi-token prediction, against its equations on each document alone."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -25,7 +24,8 @@ from moe_jax.config import (
 from moe_jax.models.block import make_context
 from moe_jax.models.language_model import LanguageModel, abstract_weights
 from moe_jax.models.multi_token_prediction import reaches, shifted
-from moe_jax.training.step import first_state, make_train_step, mtp_weight
+from moe_jax.schedules import scheduled
+from moe_jax.training.step import first_state, make_train_step
 
 ROWS, LENGTH, VOCAB, DIM, DEPTH = 4, 8, 24, 12, 2
 MODEL = ModelConfig(
@@ -181,7 +181,8 @@ def _step() -> tuple[Any, Any, Any]:
         state = first_state(CONFIG, model.parameters, model.router_bias)
         batch = {name: jnp.asarray(value)[None] for name, value in _batch().items()}
         batch = jax.device_put(batch, sharding.batch_sharding(model.mesh))
-        return jax.device_get((state, *quick_jit(make_train_step(CONFIG))(state, batch)))
+        step = quick_jit(make_train_step(CONFIG))
+        return jax.device_get((state, *step(state, batch, scheduled(CONFIG, 0))))
 
 
 def test_the_loss_is_the_mean_over_depths_per_token_of_the_batch() -> None:
@@ -212,13 +213,3 @@ def test_every_parameter_moves_and_each_bias_by_its_own_load() -> None:
     moved = jax.tree.map(np.subtract, after["router_bias"], before["router_bias"])
     (of_modules,) = jax.tree.leaves(moved["mtp"])
     chex.assert_trees_all_close(of_modules, 0.001 * np.sign(mean - stats.load_E), atol=1e-6)
-
-
-def test_the_weight_follows_the_tokens_seen() -> None:
-    training = dataclasses.replace(
-        CONFIG.training, tokens_per_step=100, mtp_late_from_tokens=250, mtp_late_loss_weight=0.1
-    )
-    config = dataclasses.replace(CONFIG, training=training)
-    weights = [float(mtp_weight(config, jnp.asarray(step))) for step in range(5)]
-    assert weights == pytest.approx([0.5, 0.5, 0.5, 0.1, 0.1])
-    assert float(mtp_weight(CONFIG, jnp.asarray(10**6))) == pytest.approx(0.5)

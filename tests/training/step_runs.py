@@ -18,6 +18,7 @@ from moe_jax.config import (
     PrecisionConfig,
     TrainingConfig,
 )
+from moe_jax.schedules import scheduled
 from moe_jax.training.step import init_state, make_train_step
 
 ROWS, LENGTH, VOCAB, EXPERTS, TOP_K, LAYERS = 8, 16, 32, 8, 2, 2
@@ -154,7 +155,8 @@ def run_on_devices(
     step = compiled_step(key, len(batch["tokens"]), rematerialization, config)
     with jax.set_mesh(mesh_of(key)):
         before = jax.device_put(state, layout_of(key, config))
-        return before, *step(before, jax.device_put(batch, sharding.batch_sharding(mesh_of(key))))
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh_of(key)))
+        return before, *step(before, batch, scheduled(config, 7))
 
 
 @functools.cache

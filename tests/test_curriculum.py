@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moe_jax.config import Config, DataConfig, Stage, TrainingConfig
-from moe_jax.data.curriculum import num_rows, stage_at, stage_starts
+from moe_jax.curriculum import num_rows, stage_at, stage_starts
 
 CONFIG = Config(
     data=DataConfig(stages=(Stage(8, 300), Stage(16, 100), Stage(32, 1), Stage(64))),

@@ -21,6 +21,11 @@ def stage_at(config: Config, step: int) -> Stage:
     return config.data.stages[index]
 
 
+def tokens_after(config: Config, steps: int) -> int:
+    """Tokens seen after so many steps, padding counted."""
+    return steps * config.training.tokens_per_step
+
+
 def num_rows(config: Config, stage: Stage) -> int:
     """Rows of a global batch in this stage."""
     return config.training.tokens_per_step // stage.sequence_length
