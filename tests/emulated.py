@@ -36,16 +36,18 @@ def ragged_all_to_all(
 ) -> jax.Array:
     """`jax.lax.ragged_all_to_all` as its documentation has it; XLA has none on CPU.
 
-    Sizes that disagree between sender and receiver give NaN.
+    Sizes that disagree between sender and receiver give NaN, or the largest integer.
     """
+    whole = jnp.issubdtype(operand.dtype, jnp.integer)
+    nothing = jnp.iinfo(operand.dtype).max if whole else jnp.nan
     here = jax.lax.axis_index(axis_name)
     sent = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
     place = jnp.arange(len(output))
     for source, (rows, starts, sizes, targets) in enumerate(zip(*sent, strict=True)):
         number = place - targets[here]
         inside = (number >= 0) & (number < sizes[here])
-        taken = rows.at[starts[here] + number].get(mode="fill", fill_value=jnp.nan)
-        taken = jnp.where(sizes[here] == recv_sizes[source], taken, jnp.nan)
+        taken = rows.at[starts[here] + number].get(mode="fill", fill_value=nothing)
+        taken = jnp.where(sizes[here] == recv_sizes[source], taken, nothing)
         output = jnp.where(inside.reshape(-1, *[1] * (output.ndim - 1)), taken, output)
     return output
 

@@ -46,7 +46,8 @@ def quantize(
       x: [...] of any float dtype.
       tile: by dim of x.
       dtype: `E4M3` or `E5M2`.
-      power_of_two: scales are rounded up to powers of two, so that scaling itself rounds nothing.
+      power_of_two: scales are rounded up to powers of two, so that scaling itself rounds nothing. A
+        number of 3.3e38 or more rounds to 2**128, and so is infinite.
       least: a tile whose largest number is less is scaled as if it were this.
       scales: to use, in place of those of x's own largest numbers. Numbers beyond them become the
         largest of the format.

@@ -185,6 +185,20 @@ def test_round_up_to_power_of_two() -> None:
     np.testing.assert_array_equal(got, np.concatenate(expected))
 
 
+def test_what_rounds_to_2_to_the_128_is_infinite() -> None:
+    """With scales of powers of two alone: others reach float32's largest number exactly."""
+    edge = np.float32(248 * 2.0**120)  # halfway between 240 and 256 of these units
+    x = np.array([[edge, -edge], [np.nextafter(edge, np.float32(np.inf)), -edge]], np.float32)
+    most = np.float32(240 * 2.0**120)
+    rounded = _compiled((1, 128), "e4m3", power_of_two=True)(x)[2]
+    np.testing.assert_array_equal(rounded, [[np.inf, -np.inf], [np.inf, -np.inf]])
+    below = np.nextafter(x[:1], np.float32(0))
+    rounded = _compiled((1, 128), "e4m3", power_of_two=True)(below)[2]
+    np.testing.assert_array_equal(rounded, [[most, -most]])
+    largest = np.full((1, 2), np.finfo(np.float32).max)
+    assert np.all(np.isfinite(_compiled((1, 128), "e4m3")(largest)[2]))
+
+
 @pytest.mark.parametrize("form", DTYPES)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_quantising_by_powers_of_two_again_changes_nothing(tile: Tile, form: str) -> None:

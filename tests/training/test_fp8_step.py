@@ -1,15 +1,17 @@
 """The step with products in eight bits."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from step_runs import CONFIG, make_batch, make_state, run
+from step_runs import CONFIG, layout_of, make_batch, make_state, run
 
 from moe_jax.config import Config
 from moe_jax.ops import fp8_state
+from moe_jax.training.checkpoint import Checkpoints
 
 
 def _config(**precision: Any) -> Config:
@@ -84,3 +86,33 @@ def test_moments_are_stored_narrow() -> None:
     assert {str(x.dtype) for x in jax.tree.leaves(after["optimizer"])} == {"bfloat16"}
     for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
+def test_what_products_remember_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = _config(recipe="fp8_delayed", fp8_report=True, fp8_error_bound=0.06)
+    state = _state(config)
+    for _ in range(2):
+        state, _ = run(state, make_batch(2), "none", config)
+    histories = [leaf[..., : fp8_state.HISTORY] for leaf in jax.tree.leaves(state["fp8"])]
+    assert all(np.all(np.sum(history > 0, axis=-1) == 2) for history in histories)
+    exact = [leaf[..., fp8_state.EXACT] for leaf in jax.tree.leaves(state["fp8"])]
+    assert 0 < np.mean(np.concatenate([x.ravel() for x in exact])) < 1, "some passed the bound"
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+    layout = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        layout_of((), config),
+    )
+    restored = jax.device_get(checkpoints.restore(2, layout))
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state))
+    # And what it remembers counts: without it, the next step is another one.
+    forgotten = {**state, "fp8": _state(config)["fp8"]}
+    after, resumed, other = (
+        run(s, make_batch(2), "none", config)[0] for s in (state, restored, forgotten)
+    )
+    jax.tree.map(np.testing.assert_array_equal, resumed, after)
+    changed = jax.tree.map(np.array_equal, other["parameters"], after["parameters"])
+    assert not all(jax.tree.leaves(changed))
