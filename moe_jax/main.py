@@ -6,6 +6,7 @@ Every field of the config can be set on the command line. The same command, run 
 the newest checkpoint in the work directory.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -29,7 +30,8 @@ def main(_: list[str]) -> None:
         raise UserError("--config is missing; try --config=configs/tiny.py")
     config = validation.parse(CONFIG.value)
     lines = platform.start(config.mesh, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(config, Path(WORKDIR.value or f"runs/{command_line.config_name(CONFIG)}"), lines)
+    workdir = Path(WORKDIR.value or f"runs/{command_line.config_name(CONFIG)}")
+    sys.exit(train(config, workdir, lines))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ XLA_GPU_FLAGS = {
     # Products of the same weight stay apart, so that one can run while the other's rows travel.
     "xla_gpu_dot_merger_threshold_mb": "0",
 }
+# How long a process may be silent until the others take it for dead, and leave as well.
+DEATH_SECONDS = 30
 # What runs beside the tensor core: exchanges by themselves, weights and gradients on the sparse
 # cores. Fusing all-gathers with products instead is refused by libtpu 0.0.52 on v5p, v6e and TPU7x.
 LIBTPU_FLAGS = {
@@ -92,8 +94,14 @@ def start(
             os.environ[variable] = f"{added} {os.environ.get(variable, '')}".strip()
             lines.append(f"{variable}: added {added}")
     if num_processes > 1:
+        # JAX would take SIGTERM for itself; `training/signals.py` answers it.
+        jax.config.update("jax_enable_preemption_service", False)
         # On CPU the collectives between processes are Gloo's, which is JAX's default.
-        jax.distributed.initialize(*by_hand)
+        jax.distributed.initialize(
+            *by_hand,
+            heartbeat_timeout_seconds=DEATH_SECONDS,
+            shutdown_timeout_seconds=DEATH_SECONDS,
+        )
         lines.append(f"processes: {num_processes}")
     return lines
 

@@ -33,17 +33,20 @@ from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.self_check import check_exchange
+from moe_jax.training.signals import Request, Requests
 from moe_jax.training.step import Tree, first_state, init_state, make_train_step
 from moe_jax.training.timing import Clock, CompiledByShape, Trace
 
 
-def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
+def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
     """Trains until the config's last step, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config: checked by `validation.parse`.
       workdir: takes checkpoints, metrics and the config.
       lines: for a person, to be shown first.
+    Returns:
+      The exit code that the end asks for: 0, or 75 where the run made room and is to be restarted.
     Raises:
       UserError: found before anything is compiled; what was saved stays as it is.
     """
@@ -99,58 +102,64 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> None:
         trace = Trace(validation.profile_steps(config), workdir / "profile")
         stack.callback(trace.stop)
         clock = Clock(training.tokens_per_step)
+        request = Request.NOTHING
 
-        for step in range(first_step + 1, last_step + 1):
-            batch = place(next(batches))
-            values = scheduled(config, step - 1)
-            if train_step.compile(state, batch, values):
-                _, rows, length = batch["tokens"].shape
-                memory = train_step.bytes_per_device(batch)
-                display.line(summary.compiled(rows, length, train_step.seconds, memory))
-                clock.start(step - 1)
-            trace.before(step)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, batch, values)
-            trace.after(step, state)
-
-            is_last = step == last_step
-            if step % training.log_every_steps == 0 or step == first_step + 1 or is_last:
+        with Requests(workdir, display.line) as requests:
+            for step in range(first_step + 1, last_step + 1):
+                batch = place(next(batches))
+                values = scheduled(config, step - 1)
+                if train_step.compile(state, batch, values):
+                    _, rows, length = batch["tokens"].shape
+                    memory = train_step.bytes_per_device(batch)
+                    display.line(summary.compiled(rows, length, train_step.seconds, memory))
+                    clock.start(step - 1)
+                trace.before(step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, batch, values)
                 metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                length = stage_at(config, step - 1).sequence_length
-                speed = clock.tokens_per_second(step)
-                mfu = speed * training_operations(config.model, count, length) / peak
-                left = (training.num_steps - step) * training.tokens_per_step / speed
-                row = {
-                    "step": step,
-                    "tokens": step * training.tokens_per_step,
-                    **metrics,
-                    **{name: values[name] for name in changing(config)},
-                    "sequence_length": length,
-                    "tokens_per_second": speed,
-                    "mfu": mfu,
-                }
-                if writer:
-                    writer.write(row)
-                if metrics["skipped_updates"]:
-                    display.line(summary.skipped(metrics))
-                display.line(summary.step(step, metrics["loss"], speed, mfu, left))
-                display.progress(step, metrics["loss"], speed, mfu, left)
-            if step % training.eval_every_steps == 0 or is_last:
-                with clock.paused(state):
-                    loss = evaluate(state)
-                if loss is not None:
-                    display.line(f"step {step:>6}  held-out loss {loss:.4f}")
+                trace.after(step)
+
+                request = requests.settled()
+                is_last = step == last_step or request.stops
+                if step % training.log_every_steps == 0 or step == first_step + 1 or is_last:
+                    length = stage_at(config, step - 1).sequence_length
+                    speed = clock.tokens_per_second(step)
+                    mfu = speed * training_operations(config.model, count, length) / peak
+                    left = (training.num_steps - step) * training.tokens_per_step / speed
+                    row = {
+                        "step": step,
+                        "tokens": step * training.tokens_per_step,
+                        **metrics,
+                        **{name: values[name] for name in changing(config)},
+                        "sequence_length": length,
+                        "tokens_per_second": speed,
+                        "mfu": mfu,
+                    }
                     if writer:
-                        writer.write({"step": step, "eval_loss": loss})
-            if step % config.checkpoint.every_steps == 0 or is_last:
-                with clock.paused(state):
-                    document = resume.describe(config, corpus.fingerprint, batches.get_state())
-                    checkpoints.save(step, state, document)
+                        writer.write(row)
+                    if metrics["skipped_updates"]:
+                        display.line(summary.skipped(metrics))
+                    display.line(summary.step(step, metrics["loss"], speed, mfu, left))
+                    display.progress(step, metrics["loss"], speed, mfu, left)
+                if step % training.eval_every_steps == 0 or is_last:
+                    with clock.paused():
+                        loss = evaluate(state)
+                    if loss is not None:
+                        display.line(f"step {step:>6}  held-out loss {loss:.4f}")
+                        if writer:
+                            writer.write({"step": step, "eval_loss": loss})
+                if step % config.checkpoint.every_steps == 0 or is_last or request is Request.SAVE:
+                    with clock.paused():
+                        document = resume.describe(config, corpus.fingerprint, batches.get_state())
+                        checkpoints.save(step, state, document)
+                if is_last:
+                    break
 
         checkpoints.wait()
-        display.lines(summary.ending(config, workdir))
-        if training.sample_tokens:
+        display.lines(summary.ending(config, workdir, request))
+        if training.sample_tokens and not request.stops:
             display.line(summary.sample(sample_text(config, tokenizer, state, mesh)))
+        return request.exit_code
 
 
 def start(

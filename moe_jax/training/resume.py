@@ -3,12 +3,9 @@
 import json
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from moe_jax.config import WEIGHTLESS, Config, UserError
 from moe_jax.fields import differing, to_dict
+from moe_jax.training import processes
 
 FORMAT = 2
 # The batches, the model and the state's names depend on these; anything else may change.
@@ -41,14 +38,9 @@ def describe(config: Config, fingerprint: str, data_state: dict[str, Any]) -> di
 
 def _merge_over_processes(streams: dict[str, Any]) -> dict[str, Any]:
     """The streams of all processes."""
-    if jax.process_count() == 1:
-        return streams
-    text = np.frombuffer(json.dumps(streams).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
     merged: dict[str, Any] = {}
-    for row in multihost_utils.process_allgather(padded):
-        merged |= json.loads(np.asarray(row, np.uint8).tobytes())
+    for text in processes.gathered(json.dumps(streams)):
+        merged |= json.loads(text)
     return merged
 
 

@@ -8,6 +8,7 @@ import jax
 from moe_jax.config import Config
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.planning.operations import Parameters
+from moe_jax.training.signals import RESTART, Request
 from moe_jax.units import format_bytes, format_count, format_duration
 
 
@@ -66,10 +67,14 @@ def skipped(metrics: dict[str, float]) -> str:
     return text if layer < 0 else f"{text}; scores of the router in routed layer {layer} are not"
 
 
-def ending(config: Config, workdir: Path) -> list[str]:
+def ending(config: Config, workdir: Path, request: Request = Request.NOTHING) -> list[str]:
     lines = [f"written     {workdir}: checkpoints, metrics.jsonl, tensorboard, config.json"]
     stop = config.training.stop_after_step
-    if stop is not None and stop < config.training.num_steps:
+    if request is Request.PREEMPT:
+        lines.append(f"preempted   exit code {RESTART}: the same command goes on from here")
+    elif request is Request.STOP:
+        lines.append("interrupted the same command goes on from here")
+    elif stop is not None and stop < config.training.num_steps:
         lines.append("stopped     the same command without stop_after_step goes on from here")
     return lines
 
