@@ -14,8 +14,10 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.config import UserError, field_names
-from moe_jax.fields import unknown_field
+from moe_jax.fields import RunError, unknown_field
 
+# Exit codes with which nothing is to be restarted.
+MISTAKE, GIVEN_UP = 2, 3
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 
@@ -58,6 +60,8 @@ def _guarded(main: Callable[[list[str]], None], arguments: list[str], most: int)
         main(arguments)
     except UserError as error:
         _refuse(str(error))
+    except RunError as error:
+        _refuse(str(error), GIVEN_UP)
 
 
 def _parse(arguments: list[str]) -> list[str]:
@@ -124,6 +128,6 @@ def _help(module: str) -> str:
     return "\n\n".join([*paragraphs, "\n".join(lines)])
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str, code: int = MISTAKE) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -277,10 +277,14 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints are written under WORKDIR/checkpoints."""
+    """Checkpoints are written under WORKDIR/checkpoints; what none of three rules keeps goes."""
 
     every_steps: int = 100
-    keep: int = 2
+    every_minutes: float = 0.0  # of time, after the last one, as well; 0: by steps alone
+    keep: int = 2  # the newest
+    keep_every_steps: int = 0  # and those of steps that are a multiple of this; 0: none
+    keep_best: int = 0  # and those with the least held-out loss, where it was measured
+    max_failed_saves: int = 3  # so many in a row end the run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """A mistake of the user's: a command answers it with its sentence alone and exit code 2."""
 
 
+class RunError(RuntimeError):
+    """What ends a run and would end it again: a command says its sentence, with exit code 3."""
+
+
 def build(cls: type, raw: Any, path: str = "config") -> Any:
     """A dataclass from nested mappings.
 

@@ -286,7 +286,9 @@ def _check_run(config: Config) -> None:
     _at_least(config, 1, "training.num_steps", "training.stop_after_step")
     _at_least(config, 1, "training.log_every_steps", "training.eval_every_steps")
     _at_least(config, 0, "training.eval_batches", "training.sample_tokens")
-    _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep")
+    _at_least(config, 1, *(f"checkpoint.{n}" for n in ("every_steps", "keep", "max_failed_saves")))
+    _at_least(config, 0, "checkpoint.every_minutes")
+    _at_least(config, 0, "checkpoint.keep_every_steps", "checkpoint.keep_best")
     _at_least(config, 0, "seed")
     _require(config.seed < 2**63, f"config.seed={config.seed} must be below 2**63")
     if config.training.stop_after_step is not None:

@@ -51,7 +51,7 @@ def test_the_plain_form_is_lists_and_dicts() -> None:
 
 
 def test_names_of_a_group() -> None:
-    assert field_names("config.checkpoint") == ["every_steps", "keep"]
+    assert field_names("config.profile") == ["steps"]
     assert "moe" in field_names("config.model")
     for path in ("config.seed", "config.nothing", "config.seed.deeper", "config.data.stages"):
         assert field_names(path) == []

@@ -58,7 +58,7 @@ CUT = {
     "training.sample_tokens": 0,
     "checkpoint.every_steps": 2,
 }
-TIMINGS = {"tokens_per_second", "mfu"}
+TIMINGS = {"tokens_per_second", "mfu", "checkpoint_stall_seconds"}
 
 
 def _load(path: Path) -> Any:

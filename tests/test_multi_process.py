@@ -100,7 +100,7 @@ def test_two_processes_train_save_and_resume_as_one_does(tmp_path: Path) -> None
             continue  # made because the run stopped there
         wanted = by_step[row["step"], "loss" in row]
         assert row.keys() == wanted.keys()
-        for name in row.keys() - {"tokens_per_second", "mfu"}:
+        for name in row.keys() - {"tokens_per_second", "mfu", "checkpoint_stall_seconds"}:
             assert row[name] == pytest.approx(wanted[name], rel=1e-4), (row["step"], name)
     assert list(tmp_path.rglob("two/**/metrics.jsonl")) == [tmp_path / "two" / "metrics.jsonl"]
 

@@ -70,7 +70,7 @@ AT_LEAST_1 = [
         "eval_every_steps",
     ),
     *_fields("data", "num_streams", "packing_bins"),
-    *_fields("checkpoint", "every_steps", "keep"),
+    *_fields("checkpoint", "every_steps", "keep", "max_failed_saves"),
 ]
 AT_LEAST_0 = [
     "seed",
@@ -79,6 +79,7 @@ AT_LEAST_0 = [
     *_fields("data", "holdout_every", "prefetch"),
     *_fields("training", "eval_batches", "sample_tokens"),
     *_fields("optimizer", "warmup_steps"),
+    *_fields("checkpoint", "keep_every_steps", "keep_best"),
 ]
 FLOATS_AT_LEAST_0 = [
     *_fields("model", "rms_norm_eps", "initializer_range"),
@@ -88,6 +89,7 @@ FLOATS_AT_LEAST_0 = [
     *_fields("training", "mtp_loss_weight"),
     "precision.fp8_error_bound",
     *_fields("optimizer", "peak_lr", "final_lr", "weight_decay"),
+    *_fields("checkpoint", "every_minutes"),
 ]
 FLOATS_AT_LEAST_1 = ["model.rope.factor", "model.moe.buffer_factor"]
 FLOATS_WITH_OTHER_BOUNDS = [
@@ -183,7 +185,8 @@ def test_wrong_types(fields: dict[str, Any], sentence: str) -> None:
         ),
         (
             {"checkpoint.zzz": 1},
-            "config.checkpoint.zzz does not exist; config.checkpoint has every_steps, keep",
+            "config.checkpoint.zzz does not exist; config.checkpoint has every_steps, "
+            "every_minutes, keep, keep_every_steps, keep_best, max_failed_saves",
         ),
         (
             {"data.stages": ({}, {"zzz": 1})},

@@ -27,10 +27,11 @@ from moe_jax.models.language_model import LanguageModel
 from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.schedules import changing, scheduled
-from moe_jax.training import resume, summary
+from moe_jax.training import processes, resume, summary
 from moe_jax.training.checkpoint import Checkpoints, check_writable
 from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
+from moe_jax.training.lock import locked
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.self_check import check_exchange
 from moe_jax.training.signals import Request, Requests
@@ -72,9 +73,12 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         check_data(config, corpus, len(train_spans))
         display.lines(summary.data(config, corpus, train_spans))
 
-        check_writable(workdir)
+        processes.all_or_none(lambda: check_writable(workdir))
+        processes.all_or_none(lambda: stack.enter_context(locked(workdir)) if is_main else None)
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
+            contextlib.closing(
+                Checkpoints(workdir / "checkpoints", config.checkpoint, display.line)
+            )
         )
         stack.enter_context(jax.set_mesh(mesh))
         display.lines(check_exchange(config))
@@ -104,7 +108,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         clock = Clock(training.tokens_per_step)
         request = Request.NOTHING
 
-        with Requests(workdir, display.line) as requests:
+        with Requests(workdir, config.checkpoint.every_minutes, display.line) as requests:
             for step in range(first_step + 1, last_step + 1):
                 batch = place(next(batches))
                 values = scheduled(config, step - 1)
@@ -134,6 +138,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                         "sequence_length": length,
                         "tokens_per_second": speed,
                         "mfu": mfu,
+                        "checkpoint_stall_seconds": checkpoints.stall_seconds(),
                     }
                     if writer:
                         writer.write(row)
@@ -141,6 +146,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                         display.line(summary.skipped(metrics))
                     display.line(summary.step(step, metrics["loss"], speed, mfu, left))
                     display.progress(step, metrics["loss"], speed, mfu, left)
+                    checkpoints.tell()
+                loss = None
                 if step % training.eval_every_steps == 0 or is_last:
                     with clock.paused():
                         loss = evaluate(state)
@@ -151,7 +158,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                 if step % config.checkpoint.every_steps == 0 or is_last or request is Request.SAVE:
                     with clock.paused():
                         document = resume.describe(config, corpus.fingerprint, batches.get_state())
-                        checkpoints.save(step, state, document)
+                        checkpoints.save(step, state, document | {"eval_loss": loss})
+                        requests.saved()
                 if is_last:
                     break
 

@@ -6,6 +6,7 @@
                            preemption (SIGUSR1 is what Slurm's --signal is set to)
     SIGUSR2, WORKDIR/save  save after this step and go on; the file is removed
 
+The clock asks as well, if the config has it so: every so many minutes for a save.
 A signal to one process is one to all: they settle after each step what has been asked.
 """
 
@@ -14,6 +15,7 @@ import enum
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,8 +59,9 @@ class Requests(contextlib.AbstractContextManager):
     away. So a thread reads what the interpreter writes down at once.
     """
 
-    def __init__(self, workdir: Path, say: Callable[[str], None]):
-        self._file, self._say = workdir / "save", say
+    def __init__(self, workdir: Path, save_minutes: float, say: Callable[[str], None]):
+        self._file, self._seconds, self._say = workdir / "save", 60 * save_minutes, say
+        self._saved = time.monotonic()  # which no change of the clock moves
         self._asked: set[Request] = set()
 
     def __enter__(self) -> "Requests":
@@ -89,9 +92,15 @@ class Requests(contextlib.AbstractContextManager):
 
     def settled(self) -> Request:
         """What any process was asked for since the last call; all must call, after each step."""
-        if jax.process_index() == 0 and self._file.exists():
-            self._file.unlink(missing_ok=True)
-            self._asked.add(Request.SAVE)
+        if jax.process_index() == 0:
+            late = self._seconds and time.monotonic() - self._saved >= self._seconds
+            if late or self._file.exists():
+                self._file.unlink(missing_ok=True)
+                self._asked.add(Request.SAVE)
         own = max(self._asked, default=Request.NOTHING)
         self._asked.discard(Request.SAVE)
         return Request(processes.largest(own))
+
+    def saved(self) -> None:
+        """The next save by the clock counts from here."""
+        self._saved = time.monotonic()

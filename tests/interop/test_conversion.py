@@ -16,7 +16,7 @@ from emulated import make_mesh
 from folders import FAMILIES, LLAMA, V3, shapes, tensors, write
 from safetensors.numpy import load_file, save_file
 
-from moe_jax.config import UserError
+from moe_jax.config import CheckpointConfig, UserError
 from moe_jax.interop import huggingface, orbax_files
 from moe_jax.interop.conversion import convert
 from moe_jax.interop.lazy import Lazy, bounds, flatten, piece_shape, pieces, whole
@@ -274,7 +274,7 @@ def test_checkpoints_of_training_are_found_and_broken_ones_named(tmp_path: Path)
     run = tmp_path / "run"
     state = {"parameters": model.parameters, "router_bias": model.router_bias}
     document = {"config": {"model": dataclasses.asdict(model.config)}}
-    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    checkpoints = Checkpoints(run / "checkpoints", CheckpointConfig(keep=2))
     with jax.set_mesh(model.mesh):
         for step in (9, 10):
             checkpoints.save(step, state | {"step": jnp.asarray(step)}, document)

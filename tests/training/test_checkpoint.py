@@ -2,10 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ import pytest
 
 import moe_jax
 from moe_jax import sharding
-from moe_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, MoEConfig, UserError
+from moe_jax.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    UserError,
+)
+from moe_jax.fields import RunError
 from moe_jax.sharding import P
-from moe_jax.training.checkpoint import Checkpoints, check_writable
+from moe_jax.training.checkpoint import Checkpoints, check_writable, kept
 from moe_jax.training.step import init_state
 
 ROOT = Path(moe_jax.__path__[0]).parent
@@ -29,7 +39,7 @@ FOUR = MeshConfig(data=2, fsdp=1, expert=2)
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
-    opened = Checkpoints(tmp_path / "checkpoints", keep=2)
+    opened = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2))
     yield opened
     opened.close()
 
@@ -88,7 +98,7 @@ def test_exact_on_any_mesh(tmp_path: Path) -> None:
     expected = jax.device_get(state)
     splits = set()
     for number, config in enumerate((ONE, FOUR, EIGHT)):
-        opened = Checkpoints(tmp_path / str(number), keep=1)
+        opened = Checkpoints(tmp_path / str(number), CheckpointConfig(keep=1))
         opened.save(3, state, {"data": {"step": 3}})
         opened.wait()
         assert opened.document(3) == {"data": {"step": 3}}
@@ -157,14 +167,14 @@ def test_the_newest_are_kept(checkpoints: Checkpoints) -> None:
 
 
 def test_a_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path, keep=2)
+    opened = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     opened.save(1, _tree(1), {})
     opened.save(2, _tree(2), {})
     opened.close()
     # The name under which a checkpoint is written, before the one rename that makes it visible.
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
     (tmp_path / "2.orbax-checkpoint-tmp" / "state" / "manifest.ocdbt").unlink()
-    opened = Checkpoints(tmp_path, keep=2)
+    opened = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     assert opened.latest() == 1
     _assert_equal(opened.restore(1, _abstract(_tree(0))), _tree(1))
     # What is left of it is in nobody's way.
@@ -179,9 +189,10 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import jax.numpy as jnp
+from moe_jax.config import CheckpointConfig
 from moe_jax.training.checkpoint import Checkpoints
 
-checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=1))
 state = lambda value: {f"x{i}": jnp.full((2**20,), value) for i in range(32)}
 checkpoints.save(1, state(1.0), {"step": 1})
 checkpoints.wait()
@@ -196,7 +207,7 @@ def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path: Pa
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, timeout=120
     )
     assert done.returncode == 9
-    opened = Checkpoints(tmp_path, keep=1)
+    opened = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     step = opened.latest()
     assert step in (1, 2)  # 2 if the disk was quick
     layout = {f"x{i}": jax.ShapeDtypeStruct((2**20,), jnp.float32) for i in range(32)}
@@ -204,6 +215,113 @@ def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path: Pa
         np.testing.assert_array_equal(array, float(step))
     assert opened.document(step) == {"step": step}
     opened.close()
+
+
+def _damages() -> dict[str, Callable[[Path], object]]:
+    """What can befall the newer of two checkpoints, 1 and 2, by what is then said of it."""
+
+    def largest(path: Path) -> Path:
+        return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+    def flip(path: Path) -> None:
+        data = bytearray(largest(path / "state").read_bytes())
+        data[len(data) // 2] ^= 1
+        largest(path / "state").write_bytes(data)
+
+    def truncate(path: Path) -> None:
+        os.truncate(largest(path / "state"), 100)
+
+    def swap(path: Path) -> None:
+        shutil.rmtree(path / "state")
+        shutil.copytree(path.parent / "1" / "state", path / "state")
+
+    def swap_all(path: Path) -> None:
+        shutil.rmtree(path)
+        shutil.copytree(path.parent / "1", path)
+
+    return {
+        "has other content than was written": flip,
+        "has 100 bytes, not": truncate,
+        "document/metadata is missing": lambda path: (path / "document/metadata").unlink(),
+        "is not in the manifest": lambda path: (path / "state" / "more").touch(),
+        "its manifest is missing": lambda path: (path / "manifest.0-of-1.json").unlink(),
+        "is no manifest": lambda path: os.truncate(path / "manifest.0-of-1.json", 100),
+        "state/manifest.ocdbt has other content": swap,
+        "is that of checkpoint 1": swap_all,
+    }
+
+
+@pytest.mark.parametrize("sentence", _damages())
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, sentence: str
+) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), said.append)
+    for step in (1, 2):
+        checkpoints.save(step, _tree(step), {})
+        assert checkpoints.latest() == step and not said
+    _damages()[sentence](tmp_path / "2")
+    assert checkpoints.latest() == 1
+    assert len(said) == 1 and "checkpoint 2 is not whole and set aside" in said[0]
+    assert sentence in said[0], said
+    assert checkpoints.latest() == 1 and len(said) == 1  # said once
+    _assert_equal(checkpoints.restore(1, _abstract(_tree(0))), _tree(1))
+    # Its step can be saved again.
+    checkpoints.save(2, _tree(5), {})
+    assert checkpoints.latest() == 2
+    _damages()[sentence](tmp_path / "2")
+    (tmp_path / "1" / "document" / "metadata").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        checkpoints.latest()
+    checkpoints.close()
+
+
+def test_which_are_kept() -> None:
+    losses = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.0, 60: 5.0}
+    assert kept(losses, CheckpointConfig(keep=2)) == {50, 60}
+    assert kept(losses, CheckpointConfig(keep=1, keep_every_steps=20)) == {20, 40, 60}
+    # Of equal losses, the later one's.
+    assert kept(losses, CheckpointConfig(keep=1, keep_best=1)) == {50, 60}
+    assert kept(losses, CheckpointConfig(keep=1, keep_best=3)) == {20, 40, 50, 60}
+    assert kept({}, CheckpointConfig()) == set()
+
+
+def test_the_best_and_every_nth_stay(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, keep_every_steps=3, keep_best=1)
+    checkpoints = Checkpoints(tmp_path, config)
+    for step, loss in enumerate([5.0, 4.0, 9.0, 8.0, None, 7.0, None], start=1):
+        checkpoints.save(step, _tree(step), {"eval_loss": loss})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3, 6, 7]
+    assert checkpoints.latest(before=7) == 6 and checkpoints.latest(before=2) is None
+    checkpoints.close()
+
+
+def test_a_save_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = CheckpointConfig(keep=3, max_failed_saves=2)
+    checkpoints = Checkpoints(tmp_path, config, said.append)
+    checkpoints.save(1, _tree(1), {})
+    (tmp_path / "2").write_text("in the way")
+    (tmp_path / "4").write_text("in the way")
+    checkpoints.save(2, _tree(2), {})
+    checkpoints.save(3, _tree(3), {})
+    checkpoints.save(4, _tree(4), {})
+    checkpoints.wait()
+    assert [text[:40] for text in said] == [
+        "not saved   checkpoint 2 could not be wr",
+        "not saved   checkpoint 4 could not be wr",
+    ]
+    assert "training goes on, 1 more may fail" in said[0]
+    (tmp_path / "5").write_text("in the way")
+    with pytest.raises(RunError, match="checkpoint 5 could not be written .* the 2 last ones"):
+        checkpoints.save(5, _tree(5), {})
+        checkpoints.wait()
+    for step in (2, 4, 5):
+        (tmp_path / str(step)).unlink()
+    assert checkpoints.latest() == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    checkpoints.close()
 
 
 def test_what_does_not_fit_is_refused_and_listed(checkpoints: Checkpoints) -> None:

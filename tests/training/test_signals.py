@@ -33,7 +33,7 @@ def test_a_signal_asks_for_the_end(
     number: signal.Signals, request_: Request, code: int, tmp_path: Path
 ) -> None:
     said = []
-    with Requests(tmp_path, said.append) as requests:
+    with Requests(tmp_path, 0.0, said.append) as requests:
         assert requests.settled() is Request.NOTHING
         os.kill(os.getpid(), number)
         assert _settled(requests) is request_
@@ -43,7 +43,7 @@ def test_a_signal_asks_for_the_end(
 
 
 def test_a_save_is_asked_for_once(tmp_path: Path) -> None:
-    with Requests(tmp_path, print) as requests:
+    with Requests(tmp_path, 0.0, print) as requests:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert _settled(requests) is Request.SAVE
         assert requests.settled() is Request.NOTHING
@@ -53,8 +53,16 @@ def test_a_save_is_asked_for_once(tmp_path: Path) -> None:
     assert not Request.SAVE.stops
 
 
+def test_the_clock_asks_for_a_save(tmp_path: Path) -> None:
+    with Requests(tmp_path, 1e-9, print) as requests:
+        assert requests.settled() is Request.SAVE
+    with Requests(tmp_path, 60.0, print) as requests:
+        requests.saved()
+        assert requests.settled() is Request.NOTHING
+
+
 def test_the_gravest_counts(tmp_path: Path) -> None:
-    with Requests(tmp_path, lambda _: None) as requests:
+    with Requests(tmp_path, 0.0, lambda _: None) as requests:
         for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         while requests.settled() is not Request.PREEMPT:
@@ -63,7 +71,7 @@ def test_the_gravest_counts(tmp_path: Path) -> None:
 
 def test_handlers_are_given_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with Requests(tmp_path, print):
+    with Requests(tmp_path, 0.0, print):
         assert signal.getsignal(signal.SIGINT) not in before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -75,7 +83,7 @@ from pathlib import Path
 from moe_jax.training.signals import Requests
 
 libc = ctypes.CDLL(None)
-with Requests(Path("."), lambda text: print(text, flush=True)):
+with Requests(Path("."), 0.0, lambda text: print(text, flush=True)):
     os.kill(os.getpid(), signal.SIGINT)
     # A step of the longest kind: Python runs no handler before it is over.
     while True:
