@@ -56,6 +56,14 @@ def _kernels(recipe: Recipe, dims: Sequence[int]) -> tuple[ModuleType | None, st
     return None, f"have no kernels for {platform}"
 
 
+def why_portable(form: str, recipe: Recipe) -> str | None:
+    """Why no product by this recipe has a kernel on the mesh's devices; None if they may have."""
+    if form == "portable":
+        return "config.precision.fp8_form is 'portable'"
+    problem = _kernels(recipe, ())[1]
+    return problem and f"products in eight bits {problem}"
+
+
 def unless_exact(
     native: Callable[[], Any], portable: Callable[[], Any], state: jax.Array | None
 ) -> Any:

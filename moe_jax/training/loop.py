@@ -82,6 +82,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         )
         stack.enter_context(jax.set_mesh(mesh))
         display.lines(check_exchange(config))
+        display.lines(summary.recipe(config))
         first_step, data_state, state = start(config, mesh, checkpoints, corpus, display)
         count = count_parameters(state["parameters"], state["router_bias"], config.model)
         display.line(summary.model(count))
@@ -107,6 +108,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         stack.callback(trace.stop)
         clock = Clock(training.tokens_per_step)
         request = Request.NOTHING
+        exact = 0  # products that fell back from eight bits
 
         with Requests(workdir, config.checkpoint.every_minutes, display.line) as requests:
             for step in range(first_step + 1, last_step + 1):
@@ -144,6 +146,9 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                         writer.write(row)
                     if metrics["skipped_updates"]:
                         display.line(summary.skipped(metrics))
+                    if metrics.get("fp8_exact", 0) > exact:
+                        exact = metrics["fp8_exact"]
+                        display.line(summary.fell_back(metrics, config.precision.fp8_error_bound))
                     display.line(summary.step(step, metrics["loss"], speed, mfu, left))
                     display.progress(step, metrics["loss"], speed, mfu, left)
                     checkpoints.tell()

@@ -7,9 +7,14 @@ import jax
 
 from moe_jax.config import Config
 from moe_jax.data.corpus import Corpus, Span
+from moe_jax.ops import fp8_native
+from moe_jax.ops.fp8_recipes import RECIPES
 from moe_jax.planning.operations import Parameters
 from moe_jax.training.signals import RESTART, Request
 from moe_jax.units import format_bytes, format_count, format_duration
+
+# fp8_block's in the model of `benchmarks.fp8_parity`. No other platform has been measured.
+PORTABLE_COST = "on a CPU a step takes 1.4 times bfloat16's"
 
 
 def machine(mesh: jax.sharding.Mesh, peak: float, peak_source: str) -> list[str]:
@@ -25,6 +30,21 @@ def model(count: Parameters) -> str:
     text = f"{format_count(count.total)} in total, {format_count(count.active)} per token"
     ahead = f"; {format_count(count.mtp)} to predict ahead" if count.mtp else ""
     return f"parameters  {text}{ahead}"
+
+
+def recipe(config: Config) -> list[str]:
+    """Of products in eight bits, for the current mesh."""
+    name, form = config.precision.recipe, config.precision.fp8_form
+    if name == "none":
+        return []
+    reason = fp8_native.why_portable(form, RECIPES[name])
+    if reason is None:
+        return [f"recipe      {name}, by the devices' own products in eight bits where dims allow"]
+    return [
+        f"recipe      {name}, portable: {reason}",
+        "            operands are rounded and products are wide, which is slower than",
+        f"            recipe='none': {PORTABLE_COST}",
+    ]
 
 
 def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
@@ -65,6 +85,17 @@ def skipped(metrics: dict[str, float]) -> str:
     text = f"{metrics['skipped_updates']} updates skipped: not finite"
     layer = metrics.get("first_router_not_finite", -1)
     return text if layer < 0 else f"{text}; scores of the router in routed layer {layer} are not"
+
+
+def fell_back(metrics: dict[str, float], bound: float) -> str:
+    """Once more products take their operands as they are."""
+    suffix = "_error"
+    worst = max((name for name in metrics if name.endswith(suffix)), key=lambda n: metrics[n])
+    where = worst.removeprefix("fp8/").removesuffix(suffix)
+    return (
+        f"{metrics['fp8_exact']:.0f} products are no longer in eight bits: an operand erred by "
+        f"more than fp8_error_bound={bound}; now the worst is {where} with {metrics[worst]:.3g}"
+    )
 
 
 def ending(config: Config, workdir: Path, request: Request = Request.NOTHING) -> list[str]:
