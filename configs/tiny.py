@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.optimizer.final_lr = 2e-4
     config.optimizer.warmup_steps = 20
     config.data.stages = (
-        {"sequence_length": 128, "tokens": 40 * 4096},
-        {"sequence_length": 256, "tokens": None},
+        {"sequence_length": 128, "until_tokens": 40 * 4096},
+        {"sequence_length": 256, "until_tokens": None},
     )
     return config

@@ -221,10 +221,24 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum; it lasts `tokens`, padding counted, or to the end if None."""
+    """One stage of the curriculum: batches of one shape, until so many tokens of the run are seen.
+
+    With a value that it comes from, it is a ramp from there to its own: at most `ramp_shapes`
+    stages, of lengths that are multiples of 128 (`curriculum.py`).
+    """
 
     sequence_length: int = 256
-    tokens: int | None = None
+    until_tokens: int | None = None  # padding counted; None, in the last stage: the run's end
+    tokens_per_step: int | None = None  # None: training's
+    # None: as many as keep a micro-batch from growing beyond that of training.
+    micro_batches: int | None = None
+    mask_documents: bool | None = None  # None: as data has it
+    rope_factor: float | None = None  # YaRN's, with the other fields of model.rope; None: as there
+    learning_rate_factor: float = 1.0
+    from_sequence_length: int | None = None
+    from_tokens_per_step: int | None = None
+    ramp: str = "linear"  # in tokens, or in their root: "sqrt"
+    ramp_shapes: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +273,12 @@ class TrainingConfig:
     """The run's length and its rhythm."""
 
     init_from: str | None = None  # a checkpoint of ours or a Hugging Face folder to start from
-    num_steps: int = 400
+    num_steps: int = 400  # 0: to the end of the last stage
     stop_after_step: int | None = None  # end cleanly there, saved; schedules follow num_steps
+    # Multiplies all ends in tokens, num_steps and warmup_steps: to try a recipe.
+    recipe_scale: float = 1.0
     tokens_per_step: int = 8192  # rows times length, padding counted
-    micro_batches: int = 1  # gradient accumulation
+    micro_batches: int = 1  # gradient accumulation, in a step of so many tokens
     # What a layer keeps for its backward pass besides its input. "full": nothing. "latent": MLA's
     # latents and the result of attention. "minimal": routing and received tokens as well. "none":
     # the result of every product.
@@ -377,7 +393,7 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     family.mesh.expert = 4 if routed else 1
     data, training = family.data, family.training
     data.num_streams = small.data.num_streams
-    data.stages = ({"sequence_length": 256, "tokens": None},)
+    data.stages = ({"sequence_length": 256},)
     training.tokens_per_step = 4096
     training.micro_batches = 1
     training.num_steps = 160

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import Config, MoEConfig, Phase, Schedule
-from moe_jax.curriculum import tokens_after
+from moe_jax.curriculum import stage_at, tokens_after
 
 # Fields of the config that may be schedules.
 FIELDS = (
@@ -70,7 +70,9 @@ def scheduled(config: Config, step: int) -> dict[str, np.float32]:
     tokens, end = tokens_after(config, step + 1), tokens_after(config, config.training.num_steps)
     schedules = {name.rpartition(".")[2]: _field(config, name) for name in FIELDS}
     schedules["learning_rate"] = learning_rate(config)
-    return {name: np.float32(value_at(s, tokens, end)) for name, s in schedules.items()}
+    values = {name: value_at(schedule, tokens, end) for name, schedule in schedules.items()}
+    values["learning_rate"] *= stage_at(config, step).learning_rate_factor
+    return {name: np.float32(value) for name, value in values.items()}
 
 
 def changing(config: Config) -> list[str]:

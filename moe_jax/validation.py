@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import schedules
+from moe_jax import curriculum, schedules
 from moe_jax.config import (
     BACKENDS,
     DTYPES,
@@ -29,6 +29,8 @@ def parse(raw: ConfigDict | Mapping[str, Any]) -> Config:
     if isinstance(raw, ConfigDict):
         raw = raw.to_dict()
     config = build(Config, raw)
+    _check_given(config)
+    config = curriculum.resolved(config)
     _check(config)
     return config
 
@@ -62,6 +64,18 @@ def _value(config: Config, field: str) -> Any:
         name, _, index = name.rstrip("]").partition("[")
         value = getattr(value, name)[int(index)] if index else getattr(value, name)
     return value
+
+
+def _check_given(config: Config) -> None:
+    """What the curriculum is made of."""
+    _at_least(config, 1, "training.tokens_per_step", "training.micro_batches")
+    _at_least(config, 0, "training.num_steps")
+    scale = config.training.recipe_scale
+    _require(scale > 0, f"config.training.recipe_scale={scale} must be above 0")
+    curriculum.check_given(config)
+    _check_learning_rate(config)
+    for field in schedules.FIELDS:
+        _check_schedule(config, field)
 
 
 def _check(config: Config) -> None:
@@ -183,8 +197,6 @@ def _check_moe(config: Config) -> None:
         0,
         *("model.moe.num_shared_experts", "model.moe.routed_scaling_factor"),
     )
-    for field in schedules.FIELDS:
-        _check_schedule(config, field)
     _one_of(config, "model.moe.scoring_func", "sigmoid", "softmax")
     _one_of(config, "model.moe.topk_method", "noaux_tc", "group_limited_greedy", "greedy")
     _one_of(config, "model.moe.token_dropping", "none", "expert", "device")
@@ -217,7 +229,6 @@ def _check_moe(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    _at_least(config, 1, "training.tokens_per_step", "training.micro_batches")
     _at_least(config, 1, "data.num_streams", "data.packing_bins")
     _at_least(config, 0, "data.holdout_every", "data.prefetch")
     _require(
@@ -234,56 +245,11 @@ def _check_data(config: Config) -> None:
         config.data.holdout_every != 1,
         "config.data.holdout_every=1 would hold out every document; 0 holds out none",
     )
-    stages, tokens = config.data.stages, config.training.tokens_per_step
-    for i, stage in enumerate(stages):
-        place, length = f"config.data.stages[{i}]", stage.sequence_length
-        _require(length >= 1, f"{place}.sequence_length={length} must be at least 1")
-        _require(
-            length <= config.model.max_position_embeddings,
-            f"{place}.sequence_length={length} exceeds config.model.max_position_embeddings="
-            f"{config.model.max_position_embeddings}",
-        )
-        _require(
-            tokens % length == 0,
-            f"config.training.tokens_per_step={tokens} must be a multiple of "
-            f"{place}.sequence_length={length}",
-        )
-        rows = tokens // length
-        for field in ("data.num_streams", "training.micro_batches"):
-            _require(
-                rows % _value(config, field) == 0,
-                f"the {rows} rows of {place} ({tokens} tokens / {length}) must be a multiple of "
-                f"config.{field}={_value(config, field)}",
-            )
-        group = config.model.moe.capacity_group
-        _require(
-            config.model.moe.token_dropping == "none"
-            or group is None
-            or rows // config.training.micro_batches % group == 0,
-            f"the {rows // config.training.micro_batches} rows of a micro-batch in {place} must be "
-            f"a multiple of config.model.moe.capacity_group={group}",
-        )
-        depth = config.model.num_nextn_predict_layers
-        _require(
-            depth < length,
-            f"config.model.num_nextn_predict_layers={depth} must be below {place}.sequence_length="
-            f"{length}",
-        )
-        is_last = i == len(stages) - 1
-        if is_last:
-            _require(
-                stage.tokens is None,
-                f"{place}.tokens={stage.tokens} must be None: the last stage lasts to the end",
-            )
-        else:
-            _require(
-                stage.tokens is not None and stage.tokens >= 1,
-                f"{place}.tokens={stage.tokens} must be at least 1: another stage follows",
-            )
+    curriculum.check(config)
 
 
 def _check_run(config: Config) -> None:
-    _at_least(config, 1, "training.num_steps", "training.stop_after_step")
+    _at_least(config, 1, "training.stop_after_step")
     _at_least(config, 1, "training.log_every_steps", "training.eval_every_steps")
     _at_least(config, 0, "training.eval_batches", "training.sample_tokens")
     _at_least(config, 1, *(f"checkpoint.{n}" for n in ("every_steps", "keep", "max_failed_saves")))
@@ -294,7 +260,6 @@ def _check_run(config: Config) -> None:
     if config.training.stop_after_step is not None:
         _at_most(config, "training.stop_after_step", "training.num_steps")
     _one_of(config, "training.rematerialization", "none", "minimal", "latent", "full")
-    _check_learning_rate(config)
     _at_least(config, 0, "optimizer.weight_decay")
     for name in ("clip_norm", "eps"):
         value = getattr(config.optimizer, name)
@@ -336,22 +301,7 @@ def _check_schedule(config: Config, field: str) -> None:
     for i in range(len(schedule)):
         _at_least(config, 0, f"{field}[{i}].value")
         _one_of(config, f"{field}[{i}].kind", *schedules.KINDS)
-    _check_ends(f"config.{field}", ends)
-
-
-def _check_ends(place: str, ends: list[int | None]) -> None:
-    """Refuses ends in tokens that do not follow one another; the last may be None."""
-    before = 0
-    for i, end in enumerate(ends):
-        if end is None:
-            _require(
-                i == len(ends) - 1,
-                f"{place}[{i}].until_tokens=None must be a number: {place}[{i + 1}] follows",
-            )
-        else:
-            what = f"those of {place}[{i - 1}], {before}" if i else "0"
-            _require(end > before, f"{place}[{i}].until_tokens={end} must be above {what}")
-            before = end
+    curriculum.check_ends(f"config.{field}", ends)
 
 
 def _check_sample(config: Config) -> None:
@@ -400,15 +350,15 @@ def check_mesh(config: Config, sizes: Mapping[str, int], platform: str = "cpu") 
     )
     batch = sizes["data"] * sizes["fsdp"] * shards
     for i, stage in enumerate(config.data.stages):
-        rows = config.training.tokens_per_step // stage.sequence_length
-        micro = rows // config.training.micro_batches
+        tokens = curriculum.tokens_per_step(config, stage)
+        parts = curriculum.micro_batches(config, stage)
+        micro = tokens // stage.sequence_length // parts
         _require(
             micro % batch == 0,
             f"the {micro} rows of a micro-batch in config.data.stages[{i}] "
-            f"(config.training.tokens_per_step={config.training.tokens_per_step} / sequence_length="
-            f"{stage.sequence_length} / config.training.micro_batches="
-            f"{config.training.micro_batches}) must be a multiple of the {batch} devices that the "
-            "batch is split over (data * fsdp * expert_outer * expert)",
+            f"({tokens} tokens a step / sequence_length={stage.sequence_length} / {parts} "
+            f"micro-batches) must be a multiple of the {batch} devices that the batch is split "
+            "over (data * fsdp * expert_outer * expert)",
         )
         tokens, parts = micro // batch * stage.sequence_length, config.model.moe.exchange_parts
         _require(

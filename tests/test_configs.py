@@ -3,10 +3,8 @@
 import functools
 import runpy
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from emulated import make_mesh
 
@@ -15,7 +13,7 @@ from moe_jax.config import Config, UserError, default_config, sized
 from moe_jax.models.language_model import abstract_weights
 from moe_jax.planning.operations import Parameters, count_parameters
 from moe_jax.schedules import scheduled
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.training.step import abstract_batch, init_state, make_train_step
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 FAMILIES = [file.stem for file in CONFIGS if file.stem != "tiny"]
@@ -80,16 +78,9 @@ def test_tiny_siblings_train(name: str) -> None:
     config = _config(name, "tiny")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:8])
     validation.check_mesh(config, dict(mesh.shape))
-    rows = config.training.tokens_per_step // config.data.stages[0].sequence_length
-    shape = (1, rows, config.data.stages[0].sequence_length)
-
-    def array(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
     with jax.set_mesh(mesh):
         state = jax.eval_shape(jax.jit(lambda: init_state(config)))
-        batch = {name: array(np.int32) for name in ("tokens", "targets", "segment_ids")}
-        batch |= {"positions": array(np.int32), "loss_weights": array(np.float32)}
+        batch = abstract_batch(config, config.data.stages[0], mesh)
         step = make_train_step(config)
         new, metrics = jax.eval_shape(step, state, batch, scheduled(config, 0))
     assert jax.tree.structure(new) == jax.tree.structure(state)

@@ -22,10 +22,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 import moe_jax
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
-from moe_jax.curriculum import num_rows
+from moe_jax.curriculum import at_stage
 from moe_jax.schedules import scheduled
 from moe_jax.training.loop import train
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.training.step import batch_shape, init_state, make_train_step
 
 ROOT = Path(moe_jax.__path__[0]).parent
 CUT = {
@@ -46,9 +46,9 @@ CUT = {
     "optimizer.peak_lr": 0.02,
     # The length changes after steps 2 and 4.
     "data.stages": (
-        {"sequence_length": 16, "tokens": 512},
-        {"sequence_length": 32, "tokens": 512},
-        {"sequence_length": 16, "tokens": None},
+        {"sequence_length": 16, "until_tokens": 512},
+        {"sequence_length": 32, "until_tokens": 1024},
+        {"sequence_length": 16, "until_tokens": None},
     ),
     "training.num_steps": 6,
     "training.tokens_per_step": 256,
@@ -58,7 +58,7 @@ CUT = {
     "training.sample_tokens": 0,
     "checkpoint.every_steps": 2,
 }
-TIMINGS = {"tokens_per_second", "mfu", "checkpoint_stall_seconds"}
+TIMINGS = {"tokens_per_second", "mfu", "data_wait_fraction", "checkpoint_stall_seconds"}
 
 
 def _load(path: Path) -> Any:
@@ -263,16 +263,16 @@ def test_every_config_builds(path: Path) -> None:
     )
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(config))
-        step = make_train_step(config)
         for stage in config.data.stages:
-            micro = config.training.micro_batches
-            shape = (micro, num_rows(config, stage) // micro, stage.sequence_length)
+            step = make_train_step(at_stage(config, stage))
             split = NamedSharding(mesh, jax.P(None, sharding.BATCH_AXES, None))
             batch = {
-                name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
-                for name in ("tokens", "targets", "segment_ids", "positions")
+                name: jax.ShapeDtypeStruct(batch_shape(config, stage), dtype, sharding=split)
+                for name, dtype in (
+                    *((n, jnp.int32) for n in ("tokens", "targets", "segment_ids", "positions")),
+                    ("loss_weights", jnp.float32),
+                )
             }
-            batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
             new, metrics = jax.eval_shape(step, state, batch, scheduled(config, 0))
             jax.tree.map(
                 lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(), new, state
@@ -307,7 +307,7 @@ def test_the_command(corpus: str, tmp_path: Path, finished: Path) -> None:
         r"data        .*: 40 documents",
         r"batch       256 tokens a step, 6 steps, \S+ epochs",
         r"parameters  \S+ in total, \S+ per token",
-        r"compiled    16 rows of 16 tokens in .*, \S+ [KM]iB per device",
+        r"stage 1     16 rows of 16 tokens, compiled in .*, \S+ [KM]iB per device",
         r"step      1  loss 5\.\d{4}  .* tokens/s  MFU .*%  .* left",
         r"step      2  loss ",
         r"step      2  held-out loss ",

@@ -1,5 +1,6 @@
 """Every config that cannot run is refused in one sentence that names fields and values."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from raw_configs import CONFIGS, load, raw, refusal
 
 from moe_jax import validation
-from moe_jax.config import MESH_AXES, Config
+from moe_jax.config import MESH_AXES, Config, Stage
 from moe_jax.fields import build, to_dict
 
 
@@ -64,7 +65,6 @@ AT_LEAST_1 = [
         "training",
         "tokens_per_step",
         "micro_batches",
-        "num_steps",
         "stop_after_step",
         "log_every_steps",
         "eval_every_steps",
@@ -77,7 +77,7 @@ AT_LEAST_0 = [
     *_fields("model", "first_k_dense_replace", "num_nextn_predict_layers"),
     *_fields("model.moe", "num_shared_experts"),
     *_fields("data", "holdout_every", "prefetch"),
-    *_fields("training", "eval_batches", "sample_tokens"),
+    *_fields("training", "num_steps", "eval_batches", "sample_tokens"),
     *_fields("optimizer", "warmup_steps"),
     *_fields("checkpoint", "keep_every_steps", "keep_best"),
 ]
@@ -97,6 +97,7 @@ FLOATS_WITH_OTHER_BOUNDS = [
     *_fields("model.rope", "theta", "beta_fast", "beta_slow"),
     *_fields("model.rope", "low_freq_factor", "high_freq_factor"),
     *_fields("model.moe", "capacity_factor", "undropped_sequences"),
+    "training.recipe_scale",
 ]
 FLOATS = [*FLOATS_AT_LEAST_0, *FLOATS_AT_LEAST_1, *FLOATS_WITH_OTHER_BOUNDS]
 
@@ -179,9 +180,9 @@ def test_wrong_types(fields: dict[str, Any], sentence: str) -> None:
         ),
         ({"sed": 1}, "config.sed does not exist; did you mean config.seed?"),
         (
-            {"data.stages": ({"sequence_length": 128, "token": 1}, {})},
-            "config.data.stages[0].token does not exist; did you mean "
-            "config.data.stages[0].tokens?",
+            {"data.stages": ({"sequence_length": 128, "until_token": 1}, {})},
+            "config.data.stages[0].until_token does not exist; did you mean "
+            "config.data.stages[0].until_tokens?",
         ),
         (
             {"checkpoint.zzz": 1},
@@ -191,7 +192,7 @@ def test_wrong_types(fields: dict[str, Any], sentence: str) -> None:
         (
             {"data.stages": ({}, {"zzz": 1})},
             "config.data.stages[1].zzz does not exist; config.data.stages[1] has "
-            "sequence_length, tokens",
+            f"{', '.join(f.name for f in dataclasses.fields(Stage))}",
         ),
     ],
     ids=str,

@@ -161,16 +161,68 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "config.training.micro_batches=3",
     ),
     (
-        {"data.stages": stages((128, 4096), (256, 4096))},
-        "config.data.stages[1].tokens=4096 must be None: the last stage lasts to the end",
+        {"data.stages": stages((128, 4096), (256, 8192))},
+        "config.data.stages[1].until_tokens=8192 must be None, since config.training.num_steps=240 "
+        "ends the run; or set that to 0 to end it with the last stage",
+    ),
+    (
+        {"training.num_steps": 0},
+        "config.training.num_steps=0 ends the run with the last stage, so config.data.stages[1]."
+        "until_tokens=None must be a number",
+    ),
+    (
+        {"training.recipe_scale": 0.0},
+        "config.training.recipe_scale=0.0 must be above 0",
+    ),
+    (
+        {"data.stages": stages((128, 8192), (256, 8192), (128, None))},
+        "config.data.stages[1].until_tokens=8192 must be above that of config.data.stages[0], 8192",
+    ),
+    *(
+        (
+            {"data.stages": ({"until_tokens": 8192, **fields}, {})},
+            f"config.data.stages[0].{sentence}",
+        )
+        for fields, sentence in (
+            ({"tokens_per_step": 0}, "tokens_per_step=0 must be at least 1"),
+            ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
+            ({"rope_factor": 0.5}, "rope_factor=0.5 must be at least 1"),
+            ({"learning_rate_factor": -1}, "learning_rate_factor=-1.0 must be at least 0"),
+            ({"ramp_shapes": 1}, "ramp_shapes=1 must be at least 2"),
+            ({"ramp": "cubic"}, "ramp='cubic' must be one of linear, sqrt"),
+            (
+                {"from_sequence_length": 128, "until_tokens": None},
+                "until_tokens=None must be a number: a ramp has an end",
+            ),
+            (
+                {"tokens_per_step": 1000},
+                "tokens_per_step=1000 must be a multiple of config.data.stages[0]."
+                "sequence_length=256",
+            ),
+        )
+    ),
+    (
+        {"data.stages": ({"until_tokens": 9, "from_sequence_length": 384}, {})},
+        "the 4096 tokens a step from which config.data.stages[0] ramps must be a multiple of the "
+        "length 384 from which it does",
+    ),
+    (
+        {"data.stages": ({"tokens_per_step": 1536 * 256, "micro_batches": 5},)},
+        "the 1536 rows of config.data.stages[0] (393216 tokens / 256) must be a multiple of its 5 "
+        "micro-batches",
+    ),
+    (
+        {"data.stages": ({"rope_factor": 4.0},), "model.rope.scaling": "llama3"},
+        "config.data.stages[0].rope_factor=4.0 is YaRN's, and config.model.rope.scaling='llama3' "
+        "is another; set one of them",
     ),
     (
         {"data.stages": stages((128, None), (256, None))},
-        "config.data.stages[0].tokens=None must be at least 1: another stage follows",
+        "config.data.stages[0].until_tokens=None must be a number: config.data.stages[1] follows",
     ),
     (
         {"data.stages": stages((128, 0), (256, None))},
-        "config.data.stages[0].tokens=0 must be at least 1: another stage follows",
+        "config.data.stages[0].until_tokens=0 must be above 0",
     ),
     ({"seed": 2**63}, "config.seed=9223372036854775808 must be below 2**63"),
     (
@@ -214,7 +266,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"training.mtp_loss_weight": ({"until_tokens": 9}, {"until_tokens": 8})},
-        "config.training.mtp_loss_weight[1].until_tokens=8 must be above those of "
+        "config.training.mtp_loss_weight[1].until_tokens=8 must be above that of "
         "config.training.mtp_loss_weight[0], 9",
     ),
     ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm=0.0 must be above 0"),
@@ -307,8 +359,8 @@ def test_rows_of_a_micro_batch_divide_over_the_mesh(
         validation.check_mesh(validation.parse(raw(fields)), _sizes(**axes))
     assert str(error.value) == (
         f"the {rows} rows of a micro-batch in config.data.stages[{stage}] "
-        f"(config.training.tokens_per_step=4096 / sequence_length={length} / "
-        f"config.training.micro_batches={micro}) must be a multiple of the {devices} devices that "
+        f"(4096 tokens a step / sequence_length={length} / "
+        f"{micro} micro-batches) must be a multiple of the {devices} devices that "
         "the batch is split over (data * fsdp * expert_outer * expert)"
     )
 

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.curriculum import num_rows, stage_at
+from moe_jax.curriculum import masks_documents, micro_batches, num_rows, stage_at
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.data.packing import Row, State, Stream, pack_once
 
@@ -48,7 +48,6 @@ class _BatchIterator(grain.DatasetIterator):
                 num_streams=data.num_streams,
                 seed=self._config.seed,
                 bins=data.packing_bins,
-                mask_documents=data.mask_documents,
                 length=self._stage.sequence_length,
                 state=states.get(str(index)),
             )
@@ -64,13 +63,15 @@ class _BatchIterator(grain.DatasetIterator):
         self._stage = stage
         total = num_rows(config, stage)
         per_stream = total // config.data.num_streams
-        rows = [stream.next_row() for stream in self._streams.values() for _ in range(per_stream)]
+        masked = masks_documents(config, stage)
+        streams = self._streams.values()
+        rows = [stream.next_row(masked) for stream in streams for _ in range(per_stream)]
         # Streams are run whole, so that they stay the same however they are shared out.
         first, last, count = self._share
         skip = first * total // count - min(self._streams) * per_stream
         rows = rows[skip : skip + (last - first) * total // count]
         self._step += 1
-        return _stack(rows, config.training.micro_batches)
+        return _stack(rows, micro_batches(config, stage))
 
     def get_state(self) -> State:
         states = {str(index): stream.get_state() for index, stream in self._streams.items()}
@@ -89,11 +90,11 @@ class _Batches(grain.IterDataset):
         return _BatchIterator(*self._arguments)
 
 
-def _stack(rows: Sequence[Row], micro_batches: int) -> Batch:
-    """[micro_batches, rows / micro_batches, length] of each array."""
+def _stack(rows: Sequence[Row], parts: int) -> Batch:
+    """[parts, rows / parts, length] of each array."""
     return {
         name: np.swapaxes(
-            np.stack([row[name] for row in rows]).reshape(-1, micro_batches, len(rows[0][name])),
+            np.stack([row[name] for row in rows]).reshape(-1, parts, len(rows[0][name])),
             0,
             1,
         )

@@ -120,7 +120,6 @@ class Stream:
     Args:
       groups, weights: what the streams share out, see `Draws`.
       bins: rows that the packer fills at a time.
-      mask_documents: whether a row's documents are segments of their own.
       length: of a row, in tokens.
       state: of `get_state`, to go on from there.
     """
@@ -135,7 +134,6 @@ class Stream:
         num_streams: int,
         seed: int,
         bins: int,
-        mask_documents: bool,
         length: int,
         state: State | None = None,
     ):
@@ -143,8 +141,7 @@ class Stream:
         self._draws = functools.partial(
             Draws, groups, weights, index=index, num_streams=num_streams, seed=seed
         )
-        self._bins, self._mask_documents = bins, mask_documents
-        self._length = length
+        self._bins, self._length = bins, length
         self._packer = self._open(state)
 
     def _pieces(self) -> _Pieces:
@@ -156,8 +153,9 @@ class Stream:
             packer.set_state(state)
         return packer
 
-    def next_row(self) -> Row:
-        return _finish(next(self._packer), self._mask_documents)
+    def next_row(self, mask_documents: bool = True) -> Row:
+        """One more row, its documents segments of their own or, without masks, one text."""
+        return _finish(next(self._packer), mask_documents)
 
     def get_state(self) -> State:
         """A small JSON-able document."""

@@ -6,8 +6,8 @@ import math
 
 import jax.numpy as jnp
 
-from moe_jax import sharding, validation
-from moe_jax.config import MESH_AXES, Config, MeshConfig
+from moe_jax import curriculum, sharding, validation
+from moe_jax.config import MESH_AXES, Config, MeshConfig, Stage
 from moe_jax.ops.fp8 import TILE
 from moe_jax.planning.weights import Weight, weights_of
 from moe_jax.sharding import BATCH_AXES
@@ -61,16 +61,21 @@ class Case:
         split = [axis for axis in MESH_AXES if self.sizes[axis] > 1]
         return ", ".join(f"{axis} {self.sizes[axis]}" for axis in split) or "of one"
 
+    @functools.cached_property
+    def stage(self) -> Stage:
+        """The one that is planned: that which sees the most tokens."""
+        return curriculum.main_stage(self.config)
+
     @property
     def length(self) -> int:
-        """Tokens of a row in the last stage, which lasts to the end."""
-        return self.config.data.stages[-1].sequence_length
+        """Tokens of a row."""
+        return self.stage.sequence_length
 
     @property
     def rows(self) -> int:
         """Of a device in a micro-batch."""
-        rows = self.config.training.tokens_per_step // self.length
-        parts = self.config.training.micro_batches * math.prod(self.sizes[a] for a in BATCH_AXES)
+        rows = curriculum.num_rows(self.config, self.stage)
+        parts = self.micro_batches * math.prod(self.sizes[a] for a in BATCH_AXES)
         return rows // parts
 
     @property
@@ -80,7 +85,7 @@ class Case:
 
     @property
     def micro_batches(self) -> int:
-        return self.config.training.micro_batches
+        return curriculum.micro_batches(self.config, self.stage)
 
     @property
     def parts(self) -> int:

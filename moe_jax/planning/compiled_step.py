@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from moe_jax import sharding
+from moe_jax import curriculum, sharding
 from moe_jax.config import Config
 from moe_jax.ops import attention_gpu
 from moe_jax.planning.compiled import Counts, Kernel, Walk
@@ -69,8 +69,13 @@ def _expected_trips(step: CompiledStep, config: Config) -> dict[str, float]:
     if not sizes:
         return trips
     moe, shape = config.model.moe, step.mesh.shape
-    of_all = config.training.tokens_per_step // config.training.micro_batches
-    tokens = of_all // math.prod(shape[axis] for axis in sharding.BATCH_AXES)
+    stage = curriculum.main_stage(config)
+    of_all = curriculum.tokens_per_step(config, stage)
+    tokens = (
+        of_all
+        // curriculum.micro_batches(config, stage)
+        // math.prod(shape[axis] for axis in sharding.BATCH_AXES)
+    )
     devices = math.prod(shape[axis] for axis in sharding.EXPERT_AXES)
     parts = moe.exchange_parts if devices > 1 else 1
     load = tokens * devices * moe.num_experts_per_tok / moe.num_experts / parts

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from moe_jax import curriculum
 from moe_jax.config import Config, UserError
 from moe_jax.planning import communication
 from moe_jax.planning.case import Case
@@ -139,7 +140,7 @@ def _way(case: Case, needed: float) -> dict[str, Any]:
 def _batch(case: Case) -> dict[str, Any]:
     training = case.config.training
     return {
-        "tokens_per_step": training.tokens_per_step,
+        "tokens_per_step": curriculum.tokens_per_step(case.config, case.stage),
         "micro_batches": case.micro_batches,
         "rows_per_device": case.rows,
         "sequence_length": case.length,
@@ -169,9 +170,7 @@ def _seconds_by_part(its_step: Step) -> dict[str, float]:
 def _whole_run(
     config: Config, topology: Topology, its_step: Step, question: Question
 ) -> dict[str, Any]:
-    tokens = (
-        int(question.tokens or 0) or config.training.num_steps * config.training.tokens_per_step
-    )
+    tokens = int(question.tokens or 0) or curriculum.tokens_after(config, config.training.num_steps)
     hours = tokens / its_step.tokens_per_second / 3600
     price, watts = question.price, topology.machine.watts
     return {

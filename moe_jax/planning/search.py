@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_jax import validation
 from moe_jax.config import Config, MeshConfig, UserError
+from moe_jax.curriculum import num_rows
 from moe_jax.planning.case import Case
 from moe_jax.planning.estimate import Efficiency, Step, step
 from moe_jax.planning.machines import Topology
@@ -74,7 +75,7 @@ def candidates(case: Case, topology: Topology) -> Iterator[Case]:
     """
     config = case.config
     experts = config.model.moe.num_experts if case.routed_layers else 1
-    rows = config.training.tokens_per_step // case.length
+    rows = num_rows(config, case.stage)
     if rows % case.devices:
         return
     for expert_devices in _divisors(math.gcd(experts, case.devices)):

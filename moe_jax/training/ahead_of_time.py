@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax import platform, sharding
 from moe_jax.config import Config
+from moe_jax.curriculum import at_stage, main_stage
 from moe_jax.planning import buffers, compiled_step, topologies
 from moe_jax.planning.compiled_step import CompiledStep, TooLarge
 from moe_jax.schedules import scheduled
 from moe_jax.training.loop import abstract_state
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.training.step import abstract_batch, init_state, make_train_step
 
 # How TPU's compiler says that a program needs more memory than there is.
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
@@ -58,24 +58,17 @@ def figures(config: Config, topology: str) -> dict[str, Any]:
 
 
 def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
-    """The train step at the rows of the last stage.
+    """The train step of the stage that sees most tokens.
 
     Raises:
       TooLarge: a device's memory cannot hold the program (TPU; for GPU nothing refuses it).
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    length, micro_batches = config.data.stages[-1].sequence_length, config.training.micro_batches
-    rows = config.training.tokens_per_step // length // micro_batches
+    stage = main_stage(config)
+    config = at_stage(config, stage)
     with jax.set_mesh(mesh):
         state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                (micro_batches, rows, length),
-                jnp.float32 if name == "loss_weights" else jnp.int32,
-                sharding=sharding.batch_sharding(mesh),
-            )
-            for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
-        }
+        batch = abstract_batch(config, stage, mesh)
         begin = time.perf_counter()
         step = jax.jit(make_train_step(config), donate_argnums=0)
         lowered = step.lower(state, batch, scheduled(config, 0))

@@ -14,7 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
-from moe_jax.curriculum import stage_at
+from moe_jax.curriculum import (
+    at_stage,
+    num_rows,
+    stage_at,
+    stage_starts,
+    tokens_after,
+    tokens_per_step,
+)
 from moe_jax.data.corpus import Corpus, open_corpus, open_tokenizer, split_holdout
 from moe_jax.data.loader import train_batches
 from moe_jax.data.tokenizer import TrainingTokenizer
@@ -35,8 +42,8 @@ from moe_jax.training.lock import locked
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.self_check import check_exchange
 from moe_jax.training.signals import Request, Requests
-from moe_jax.training.step import Tree, first_state, init_state, make_train_step
-from moe_jax.training.timing import Clock, CompiledByShape, Trace
+from moe_jax.training.step import Tree, first_state, init_state
+from moe_jax.training.timing import Clock, CompiledSteps, Trace
 
 
 def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
@@ -100,45 +107,55 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
             (workdir / "config.json").write_text(text + "\n")
             tokenizer.save(workdir / TOKENIZER)
             writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first_step)))
-        train_step = CompiledByShape(make_train_step(config))
+        steps = stack.enter_context(contextlib.closing(CompiledSteps(config, mesh, state)))
         evaluate = Evaluation(config, corpus, held_out, share, place)
         if held_out:
-            display.line(summary.held_out(len(held_out), evaluate.token_entropy()))
+            entropy = evaluate.token_entropy(stage_at(config, first_step))
+            display.line(summary.held_out(len(held_out), entropy))
         trace = Trace(validation.profile_steps(config), workdir / "profile")
         stack.callback(trace.stop)
-        clock = Clock(training.tokens_per_step)
+        clock, starts = Clock(), stage_starts(config)
+        stage, end = stage_at(config, first_step), tokens_after(config, training.num_steps)
         request = Request.NOTHING
         exact = 0  # products that fell back from eight bits
 
         with Requests(workdir, config.checkpoint.every_minutes, display.line) as requests:
             for step in range(first_step + 1, last_step + 1):
-                batch = place(next(batches))
-                values = scheduled(config, step - 1)
-                if train_step.compile(state, batch, values):
-                    _, rows, length = batch["tokens"].shape
-                    memory = train_step.bytes_per_device(batch)
-                    display.line(summary.compiled(rows, length, train_step.seconds, memory))
-                    clock.start(step - 1)
+                if step - 1 in starts or step - 1 == first_step:
+                    stage = stage_at(config, step - 1)
+                    train_step = steps.wait(stage)
+                    rows, length = num_rows(config, stage), stage.sequence_length
+                    number = sum(start < step for start in starts)
+                    display.line(summary.stage(number, rows, length, *train_step[1:]))
+                    # The next that is another is compiled while this one trains.
+                    following = [stage_at(config, s) for s in starts if step <= s < last_step]
+                    any(steps.start(each) for each in following)
+                    clock.start(tokens_after(config, step - 1))
+                with clock.waiting():
+                    batch = next(batches)
+                batch, values = place(batch), scheduled(config, step - 1)
                 trace.before(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, batch, values)
+                    state, metrics = train_step.call(state, batch, values)
                 metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
                 trace.after(step)
 
                 request = requests.settled()
                 is_last = step == last_step or request.stops
                 if step % training.log_every_steps == 0 or step == first_step + 1 or is_last:
-                    length = stage_at(config, step - 1).sequence_length
-                    speed = clock.tokens_per_second(step)
+                    tokens = tokens_after(config, step)
+                    speed, waited = clock.look(tokens)
                     mfu = speed * training_operations(config.model, count, length) / peak
-                    left = (training.num_steps - step) * training.tokens_per_step / speed
+                    left = (end - tokens) / speed
                     row = {
                         "step": step,
-                        "tokens": step * training.tokens_per_step,
+                        "tokens": tokens,
                         **metrics,
                         **{name: values[name] for name in changing(config)},
                         "sequence_length": length,
+                        "tokens_per_step": tokens_per_step(config, stage),
                         "tokens_per_second": speed,
+                        "data_wait_fraction": waited,
                         "mfu": mfu,
                         "checkpoint_stall_seconds": checkpoints.stall_seconds(),
                     }
@@ -155,14 +172,15 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                 loss = None
                 if step % training.eval_every_steps == 0 or is_last:
                     with clock.paused():
-                        loss = evaluate(state)
+                        loss = evaluate(state, stage)
                     if loss is not None:
                         display.line(f"step {step:>6}  held-out loss {loss:.4f}")
                         if writer:
                             writer.write({"step": step, "eval_loss": loss})
                 if step % config.checkpoint.every_steps == 0 or is_last or request is Request.SAVE:
                     with clock.paused():
-                        document = resume.describe(config, corpus.fingerprint, batches.get_state())
+                        now = at_stage(config, stage)
+                        document = resume.describe(now, corpus.fingerprint, batches.get_state())
                         checkpoints.save(step, state, document | {"eval_loss": loss})
                         requests.saved()
                 if is_last:
@@ -171,7 +189,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         checkpoints.wait()
         display.lines(summary.ending(config, workdir, request))
         if training.sample_tokens and not request.stops:
-            display.line(summary.sample(sample_text(config, tokenizer, state, mesh)))
+            now = at_stage(config, stage_at(config, last_step - 1))
+            display.line(summary.sample(sample_text(now, tokenizer, state, mesh)))
         return request.exit_code
 
 
@@ -192,7 +211,9 @@ def start(
         return 0, None, make(weights.parameters, weights.router_bias)
     document = checkpoints.document(step)
     place = f"checkpoint {step} in {checkpoints.directory}"
-    changed = resume.check(document, config, corpus.fingerprint, place)
+    # What was saved has the rotary scaling of its stage.
+    there = at_stage(config, stage_at(config, step - 1))
+    changed = resume.check(document, there, corpus.fingerprint, place)
     display.line(f"resuming    from step {step}")
     display.lines([f"changed     {text}" for text in changed])
     return step, document["data"], checkpoints.restore(step, abstract_state(init, mesh))

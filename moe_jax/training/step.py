@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from moe_jax.config import Config
+from moe_jax import sharding
+from moe_jax.config import Config, Stage
+from moe_jax.curriculum import micro_batches, num_rows
 from moe_jax.layers.linear import Fp8State
 from moe_jax.models.decoder import Decoder, RouterBias, RoutingStats
 from moe_jax.models.multi_token_prediction import reaches, shifted
@@ -44,6 +47,22 @@ def make_model(config: Config) -> Decoder:
 def graph(config: Config) -> nnx.GraphDef:
     """The model without its arrays."""
     return nnx.graphdef(nnx.eval_shape(lambda: make_model(config)))
+
+
+def batch_shape(config: Config, stage: Stage) -> tuple[int, int, int]:
+    """[micro_batches, rows, length] of a global batch in this stage."""
+    parts = micro_batches(config, stage)
+    return parts, num_rows(config, stage) // parts, stage.sequence_length
+
+
+def abstract_batch(config: Config, stage: Stage, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a global batch in this stage."""
+    shape, split = batch_shape(config, stage), sharding.batch_sharding(mesh)
+    integers = ("tokens", "targets", "segment_ids", "positions")
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        for name, dtype in (*((n, jnp.int32) for n in integers), ("loss_weights", jnp.float32))
+    }
 
 
 def init_state(config: Config) -> Tree:

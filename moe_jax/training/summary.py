@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from moe_jax.config import Config
+from moe_jax.curriculum import tokens_after
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.ops import fp8_native
 from moe_jax.ops.fp8_recipes import RECIPES
@@ -52,14 +53,13 @@ def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
     longest = max(stage.sequence_length for stage in config.data.stages)
     cut = sum(span.stop - span.start > longest for span in spans)
     skipped = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items())
-    training = config.training
     return [
         f"data        {config.data.source}: {len(corpus.lengths)} documents"
         + (f" (skipped: {skipped})" if skipped else ""),
         f"            {format_count(tokens)} tokens to train on, {cut} documents longer than a row",
-        f"batch       {format_count(training.tokens_per_step)} tokens a step, "
-        f"{training.num_steps} steps, "
-        f"{training.num_steps * training.tokens_per_step / tokens:.2f} epochs",
+        f"batch       {format_count(tokens_after(config, 1))} tokens a step, "
+        f"{config.training.num_steps} steps, "
+        f"{tokens_after(config, config.training.num_steps) / tokens:.2f} epochs",
     ]
 
 
@@ -67,10 +67,10 @@ def held_out(spans: int, token_entropy: float) -> str:
     return f"held out    {spans} documents; single tokens have {token_entropy:.2f} nats"
 
 
-def compiled(rows: int, length: int, seconds: float, bytes_per_device: int) -> str:
+def stage(number: int, rows: int, length: int, seconds: float, bytes_per_device: int) -> str:
     return (
-        f"compiled    {rows} rows of {length} tokens in {format_duration(seconds)}, "
-        f"{format_bytes(bytes_per_device)} per device"
+        f"stage {number:<5} {rows} rows of {length} tokens, compiled in "
+        f"{format_duration(seconds)}, {format_bytes(bytes_per_device)} per device"
     )
 
 

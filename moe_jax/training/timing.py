@@ -1,33 +1,50 @@
-"""How long things take, a trace of them, and the step compiled for each shape of batch."""
+"""How long things take, a trace of them, and the steps compiled for the stages of a run."""
 
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
+
+from moe_jax.config import Config, Stage
+from moe_jax.curriculum import at_stage
+from moe_jax.schedules import scheduled
+from moe_jax.training.step import abstract_batch, batch_shape, make_train_step
 
 
 class Clock:
     """Training speed between two looks at it, without what `paused` and compilation take."""
 
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
+    def __init__(self) -> None:
         self._since: float | None = None
-        self._step: int | None = None
+        self._tokens = 0
+        self._waited = 0.0
 
-    def start(self, step: int) -> None:
-        """Counts from here, where `step` steps are done."""
-        self._since, self._step = time.perf_counter(), step
+    def start(self, tokens: int) -> None:
+        """Counts from here, where so many tokens are seen."""
+        self._since, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
 
-    def tokens_per_second(self, step: int) -> float:
-        """Since the last call or `start`; what is waited for must be done."""
-        assert self._since is not None and self._step is not None
-        now = time.perf_counter()
-        speed = (step - self._step) * self._tokens_per_step / (now - self._since)
-        self.start(step)
-        return speed
+    def look(self, tokens: int) -> tuple[float, float]:
+        """Tokens per second and the share of time waited for data, since the last call or `start`.
+
+        Steps that are under way must be waited for before.
+        """
+        assert self._since is not None
+        elapsed = time.perf_counter() - self._since
+        found = (tokens - self._tokens) / elapsed, self._waited / elapsed
+        self.start(tokens)
+        return found
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waited for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -38,34 +55,62 @@ class Clock:
         self._since += time.perf_counter() - begin
 
 
-class CompiledByShape:
-    """A step (state, batch, scheduled) -> (state, metrics), compiled once for each shape of batch.
+class CompiledSteps:
+    """The train step of each stage: (state, batch, scheduled) -> (state, metrics), state donated.
 
-    The state is donated.
+    A step is compiled once for each shape of batch and rotary scaling, in a thread, so that the
+    next stage's can be compiled while this one's trains.
+
+    Args:
+      state: that steps will be given; its shapes and shardings count.
     """
 
-    def __init__(self, step: Callable):
-        self._step = jax.jit(step, donate_argnums=0)
-        self._compiled: dict[tuple[int, ...], Any] = {}
-        self.seconds = 0.0  # that the last compilation took
+    def __init__(self, config: Config, mesh: Mesh, state: Any):
+        self._config, self._mesh = config, mesh
+        self._state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._found: dict[Any, concurrent.futures.Future[CompiledStep]] = {}
 
-    def compile(self, state: Any, batch: dict[str, jax.Array], scheduled: Any) -> bool:
-        """Whether this shape was new."""
-        shape = batch["tokens"].shape
-        if shape in self._compiled:
+    def start(self, stage: Stage) -> bool:
+        """Whether this stage's step is a new one; then it will be compiled as soon as can be."""
+        key = batch_shape(self._config, stage), stage.rope_factor
+        if key in self._found:
             return False
-        begin = time.perf_counter()
-        self._compiled[shape] = self._step.lower(state, batch, scheduled).compile()
-        self.seconds = time.perf_counter() - begin
+        self._found[key] = self._pool.submit(self._compile, stage)
         return True
 
-    def __call__(self, state: Any, batch: dict[str, jax.Array], scheduled: Any) -> tuple[Any, Any]:
-        return self._compiled[batch["tokens"].shape](state, batch, scheduled)
+    def wait(self, stage: Stage) -> "CompiledStep":
+        """The step of a stage, once it is compiled."""
+        self.start(stage)
+        return self._found[batch_shape(self._config, stage), stage.rope_factor].result()
 
-    def bytes_per_device(self, batch: dict[str, jax.Array]) -> int:
-        """Memory that a step takes on one device: its arguments, and what it needs besides."""
-        memory = self._compiled[batch["tokens"].shape].memory_analysis()
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _compile(self, stage: Stage) -> "CompiledStep":
+        config, begin = at_stage(self._config, stage), time.perf_counter()
+        with jax.set_mesh(self._mesh):
+            step = jax.jit(make_train_step(config), donate_argnums=0)
+            batch = abstract_batch(config, stage, self._mesh)
+            compiled = step.lower(self._state, batch, scheduled(config, 0)).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return CompiledStep(
+            compiled,
+            time.perf_counter() - begin,
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        )
+
+
+class CompiledStep(NamedTuple):
+    """A compiled step, the seconds that took, and the memory that it takes on one device: its
+    arguments, and what it needs besides."""
+
+    call: Callable[[Any, dict[str, jax.Array], dict[str, Any]], tuple[Any, Any]]
+    seconds: float
+    bytes_per_device: int
 
 
 class Trace:

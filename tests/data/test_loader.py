@@ -145,6 +145,39 @@ def test_batches_go_on_from_any_state_and_through_the_border(
         _assert_equal(_side_by_side(parts), whole[count:])
 
 
+# Every field of a stage that batches follow changes at a border, and a length comes back.
+MANY = (
+    Stage(16, 2 * 384),
+    Stage(16, 3 * 768, tokens_per_step=768, mask_documents=False),
+    Stage(32, 3 * 768 + 384, micro_batches=3),
+    Stage(16, 3 * 768 + 2 * 384, tokens_per_step=192),
+    Stage(48),
+)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_go_on_from_inside_every_stage_and_from_its_border(prefetch: int) -> None:
+    config = _config(stages=MANY, prefetch=prefetch)
+    whole, last = _batches(config, 9)
+    assert [batch["tokens"].shape for batch in whole] == [
+        *(2 * [(1, 24, 16)]),
+        *(2 * [(2, 24, 16)]),
+        *((3, 4, 32), (1, 12, 16), (1, 12, 16)),
+        *(2 * [(1, 8, 48)]),
+    ]
+    for step, batch in enumerate(whole[:5]):
+        in_one = batch["positions"] == np.arange(batch["positions"].shape[-1])
+        assert in_one.all() == (step in (2, 3))
+    for count in range(1, 9):
+        _, state = _batches(config, count)
+        rest, end = _batches(config, 9 - count, WHOLE, state)
+        _assert_equal(rest, whole[count:])
+        assert end == last
+        for shares in (HALVES, QUARTERS):
+            parts = [_batches(config, 9 - count, share, state)[0] for share in shares]
+            _assert_equal(_side_by_side(parts), whole[count:])
+
+
 def test_rows_without_masks() -> None:
     (batch,), _ = _batches(_config(mask_documents=False), 1)
     assert set(np.unique(batch["segment_ids"])) <= {0, 1}

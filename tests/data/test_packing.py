@@ -93,7 +93,6 @@ class Case(NamedTuple):
             num_streams=self.num_streams,
             seed=self.seed,
             bins=self.bins,
-            mask_documents=True,
             length=self.row_length,
         )
         return Stream(documents, [documents.spans], [1.0], **arguments | changes)  # type: ignore
@@ -198,14 +197,14 @@ def assert_rows_equal(left: list[Row], right: list[Row]) -> None:
 @given(cases(max_borders=1))
 def test_without_masks_a_row_is_one_text(case: Case) -> None:
     documents = Numbered(case.lengths)
-    masked, unmasked = case.stream(documents), case.stream(documents, mask_documents=False)
+    masked, unmasked = case.stream(documents), case.stream(documents)
     for rows, length in [(0, case.row_length), *case.borders]:
         for stream in (masked, unmasked):
             for _ in range(rows):
                 stream.next_row()
             if length != case.row_length:
                 stream.set_length(length)
-        a, b = masked.next_row(), unmasked.next_row()
+        a, b = masked.next_row(), unmasked.next_row(mask_documents=False)
         for name in ("tokens", "targets", "loss_weights"):
             np.testing.assert_array_equal(a[name], b[name])
         np.testing.assert_array_equal(b["segment_ids"], a["segment_ids"] > 0)

@@ -72,7 +72,7 @@ def test_all_that_must_stay_is_named_at_once() -> None:
 
 
 def test_the_curriculum_must_stay() -> None:
-    text = _refusal(_config(data__stages=({"sequence_length": 128, "tokens": None},)))
+    text = _refusal(_config(data__stages=({"sequence_length": 128, "until_tokens": None},)))
     assert "config.data.stages: " in text and "256" in text and "128" in text
 
 
