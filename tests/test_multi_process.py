@@ -39,6 +39,7 @@ CUT = {
     "training.eval_batches": 2,
     "training.sample_tokens": 2,
 }
+TIMINGS = {"tokens_per_second", "mfu", "data_wait_fraction", "checkpoint_stall_seconds"}
 
 
 def _run(workdir: Path, num_processes: int, changes: Mapping[str, Any]) -> list[str]:
@@ -100,7 +101,12 @@ def test_two_processes_train_save_and_resume_as_one_does(tmp_path: Path) -> None
             continue  # made because the run stopped there
         wanted = by_step[row["step"], "loss" in row]
         assert row.keys() == wanted.keys()
-        for name in row.keys() - {"tokens_per_second", "mfu", "data_wait_fraction", "checkpoint_stall_seconds"}:
+        for name in row.keys() - {
+            "tokens_per_second",
+            "mfu",
+            "data_wait_fraction",
+            "checkpoint_stall_seconds",
+        }:
             assert row[name] == pytest.approx(wanted[name], rel=1e-4), (row["step"], name)
     assert list(tmp_path.rglob("two/**/metrics.jsonl")) == [tmp_path / "two" / "metrics.jsonl"]
 
