@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from moe_jax import command_line, platform
@@ -24,6 +25,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writing import write
 from moe_jax.interop.orbax_files import find_tokenizer
 from moe_jax.interop.weights import load_model, read_weights
+from moe_jax.units import format_bytes
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder to read.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue")
@@ -38,6 +40,9 @@ STOP = flags.DEFINE_multi_string("stop", [], "Text before which to end")
 CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Most tokens of a row, prompt included.")
 MESH = flags.DEFINE_string("mesh", "", "As fsdp=2,expert=4; one device without it.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of weights, cache and products.")
+KEEP_FP8 = flags.DEFINE_bool(
+    "keep_fp8", False, "Weights that the checkpoint has in FP8 stay so, and are widened in use."
+)
 SPECULATIVE = flags.DEFINE_bool(
     "speculative", False, "Drafts tokens by multi-token prediction; the same greedy text, sooner."
 )
@@ -62,10 +67,12 @@ def main(_: list[str]) -> None:
         speculative=speculative,
     )
     request.check()
+    if redundant and KEEP_FP8.value:
+        raise UserError("--redundant_experts takes no weights of --keep_fp8; leave one out")
     mesh_config = parse_mesh(MESH.value)
     lines = platform.start(mesh_config)
 
-    config, _, notes = read_weights(path)
+    config, _, notes = read_weights(path, KEEP_FP8.value)
     tokenizer = open_tokenizer(find_tokenizer(path), config.vocab_size)
     prompts = request.read(tokenizer)
     slots = request.slots(prompts, config)
@@ -78,7 +85,10 @@ def main(_: list[str]) -> None:
     lines += describe(config, slots, len(prompts), mesh, DTYPE.value, speculative)
     print("\n".join(lines), flush=True)
 
-    model = load_model(path, config, mesh, DTYPE.value)
+    model = load_model(path, config, mesh, DTYPE.value, keep_fp8=KEEP_FP8.value)
+    if KEEP_FP8.value:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
+        print(f"weights     {format_bytes(size)} on all devices, FP8 kept", flush=True)
     if redundant:
         model, line = with_redundant_experts(model, measure_load(model, prompts), redundant)
         print(line, flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
@@ -23,7 +24,16 @@ from moe_jax import sharding
 from moe_jax.config import MeshConfig, ModelConfig, PrecisionConfig, UserError
 from moe_jax.fields import read_json
 from moe_jax.interop import families, names
-from moe_jax.interop.lazy import Lazy, Tree, flatten, from_array, place, unflatten
+from moe_jax.interop.lazy import (
+    Lazy,
+    LazyFp8,
+    Tree,
+    flatten,
+    from_array,
+    place,
+    place_fp8,
+    unflatten,
+)
 from moe_jax.interop.tensors import BLOCK, INDEX, SCALE, SINGLE, Tensors, quantized
 from moe_jax.models.language_model import LanguageModel, abstract_weights
 
@@ -31,18 +41,21 @@ DTYPES = ("float32", "bfloat16", "float8")
 SHARD_BYTES = 4 * 2**30
 
 
-def load(path: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> LanguageModel:
+def load(
+    path: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None, *, keep_fp8: bool = False
+) -> LanguageModel:
     """The model of a Hugging Face folder, ready to call.
 
     Args:
       path: of the folder.
       dtype: of the weights in memory and of the operands of products, "float32" or "bfloat16".
       mesh: to spread the model over, each device reading its own part; one device if None.
+      keep_fp8: what the folder has in FP8 stays so in memory, and is widened where it is used.
     Raises:
       ValueError: whatever in the folder contradicts its config; all such tensors are listed.
     """
     mesh = mesh or one_device()
-    config, lazy, _ = read_folder(Path(path))
+    config, lazy, _ = read_folder(Path(path), keep_fp8)
     weights = place_weights(config, lazy, mesh, jnp.dtype(dtype))
     return LanguageModel(config, PrecisionConfig(compute_dtype=dtype), mesh, *weights)
 
@@ -56,10 +69,12 @@ def save(model: LanguageModel, path: str | Path, dtype: str = "float32") -> None
         public weights are, and bfloat16 for the rest.
     Raises:
       ValueError: the folder is not empty, no family of Hugging Face's has the model's options, or
-        the model has redundant experts.
+        the model has redundant experts or weights that stay in FP8.
     """
     if model.placement:
         raise UserError("a model with redundant experts cannot be saved; save the one without")
+    if model.fp8_weights:
+        raise UserError("a model whose weights stay in FP8 cannot be saved; load it without that")
     weights = {"parameters": model.parameters, "router_bias": model.router_bias}
     write_folder(Path(path), model.config, jax.tree.map(from_array, weights), dtype)
 
@@ -78,7 +93,12 @@ def place_weights(config: ModelConfig, weights: Tree, mesh: Mesh, dtype: Any) ->
     found = flatten(weights)
     parameters, router_bias = abstract_weights(config, mesh, dtype)
     wanted = flatten({"parameters": parameters, "router_bias": router_bias})
-    placed = unflatten({path: place(found[path], leaf) for path, leaf in wanted.items()})
+    placed = unflatten(
+        {
+            path: (place_fp8 if isinstance(found[path], LazyFp8) else place)(found[path], leaf)
+            for path, leaf in wanted.items()
+        }
+    )
     return placed["parameters"], placed.get("router_bias", {})
 
 
@@ -93,9 +113,11 @@ def check_fit(config: ModelConfig, weights: Tree) -> None:
     _compare(wanted, found, "the checkpoint does not fit its config")
 
 
-def read_folder(path: Path) -> tuple[ModelConfig, Tree, list[str]]:
+def read_folder(path: Path, keep_fp8: bool = False) -> tuple[ModelConfig, Tree, list[str]]:
     """The model's config, its weights as a tree of `Lazy`, and notes for a person.
 
+    Args:
+      keep_fp8: arrays that are in FP8 are `LazyFp8`.
     Raises:
       ValueError: see `load`; values that are not finite are found when they are read.
     """
@@ -116,12 +138,37 @@ def read_folder(path: Path) -> tuple[ModelConfig, Tree, list[str]]:
     if differing:
         raise UserError(f"{path}: {'; '.join(differing)}, and both are the same weights")
 
-    leaves = {}
+    leaves: dict[names.Path, Lazy | LazyFp8] = {}
     for ours, by_place in names.by_array(found).items():
+        if keep_fp8 and all(tensors.is_fp8(name) for name, _ in by_place.values()):
+            leaves[ours] = _in_fp8(shapes[ours], by_place, tensors)
+            continue
         kinds = {tensors.dtype(name) for name, _ in by_place.values()}
         dtype = np.dtype(jnp.result_type(*kinds))
         leaves[ours] = names.from_tensors(shapes[ours], dtype, by_place, tensors.read)
+    if keep_fp8 and not any(isinstance(leaf, LazyFp8) for leaf in leaves.values()):
+        raise UserError(f"{path} has no weights in FP8 to keep so")
     return config, unflatten(leaves), notes
+
+
+def _in_fp8(
+    shape: tuple[int, ...], pieces: dict[tuple[int, ...], tuple[str, names.Part]], tensors: Tensors
+) -> LazyFp8:
+    part = next(iter(pieces.values()))[1]
+    assert part.num_in_dims is not None, part
+    # A tensor's scales lie as a weight of one input dim and one output dim does.
+    blocks = [-(-size // BLOCK) for size in names.tensor_shape(part, shape)[::-1]]
+    scale_pieces = {at: (name, p._replace(num_in_dims=1)) for at, (name, p) in pieces.items()}
+    return LazyFp8(
+        names.from_tensors(shape, np.dtype(ml_dtypes.float8_e4m3fn), pieces, tensors.read_values),
+        names.from_tensors(
+            (*shape[: len(part.at)], *blocks),
+            np.dtype(np.float32),
+            scale_pieces,
+            tensors.read_scales,
+        ),
+        part.num_in_dims,
+    )
 
 
 def _without_absent_depths(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, list[str]]:

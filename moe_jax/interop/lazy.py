@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+
+from moe_jax.ops.fp8_weight import Fp8Weight
+from moe_jax.sharding import P
 
 Tree = Any  # nested dicts
 Index = tuple[slice, ...]
@@ -34,6 +39,19 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyFp8:
+    """The same of a weight that stays in eight bits: the parts of an `Fp8Weight`."""
+
+    values: Lazy
+    scales: Lazy
+    num_in_dims: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
 
 def from_array(array: jax.Array) -> Lazy:
@@ -94,6 +112,19 @@ def place(lazy: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
 
     assert like.sharding is not None
     return jax.make_array_from_callback(lazy.shape, like.sharding, part)
+
+
+def place_fp8(lazy: LazyFp8, like: jax.ShapeDtypeStruct) -> Fp8Weight:
+    """Read as `like.dtype`. A device has the scales of its layers and experts."""
+    assert isinstance(like.sharding, NamedSharding)
+    leading = len(lazy.scales.shape) - 2
+    by_leading = NamedSharding(like.sharding.mesh, P(*like.sharding.spec[:leading]))
+    parts = (lazy.values, like.sharding), (lazy.scales, by_leading)
+    values, scales = (
+        place(part, jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding))
+        for part, sharding in parts
+    )
+    return Fp8Weight(values, scales, lazy.num_in_dims, jnp.dtype(like.dtype))
 
 
 def flatten(tree: Tree) -> dict[tuple[str, ...], Any]:

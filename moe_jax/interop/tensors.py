@@ -124,17 +124,31 @@ class Tensors:
         dtype = self._stored[name].dtype
         return np.dtype(np.float32) if dtype.itemsize == 1 else dtype
 
+    def is_fp8(self, name: str) -> bool:
+        return name in self._scales
+
     def read(self, name: str, *parts: slice) -> np.ndarray:
         """The part of a tensor at a slice (start, stop) per dim.
 
         Raises:
           ValueError: it holds what is not a finite number.
         """
-        value = self._map(self._stored[name])[parts]
-        if name in self._scales:
-            scale = self._map(self._scales[name])
+        value = self.read_values(name, *parts)
+        if self.is_fp8(name):
             rows, columns = (np.arange(part.start, part.stop) // BLOCK for part in parts)
-            value = value.astype(np.float32) * scale[np.ix_(rows, columns)]
+            scale = self._map(self._scales[name])
+            value = self._finite(name, value.astype(np.float32) * scale[np.ix_(rows, columns)])
+        return value
+
+    def read_values(self, name: str, *parts: slice) -> np.ndarray:
+        """The same as it is stored: of a weight in FP8 without its scales."""
+        return self._finite(name, self._map(self._stored[name])[parts])
+
+    def read_scales(self, name: str, *parts: slice) -> np.ndarray:
+        """Of a weight in FP8, the part of its blocks' scales."""
+        return self._finite(name, self._map(self._scales[name])[parts])
+
+    def _finite(self, name: str, value: np.ndarray) -> np.ndarray:
         if not np.all(np.isfinite(value)):
             raise UserError(f"{name} of {self.folder} holds values that are not finite numbers")
         return value

@@ -35,29 +35,37 @@ def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
 
 
-def read_weights(path: Path) -> tuple[ModelConfig, Tree, list[str]]:
+def read_weights(path: Path, keep_fp8: bool = False) -> tuple[ModelConfig, Tree, list[str]]:
     """Config, weights as a tree of `Lazy`, and notes, of a checkpoint of either kind.
 
     Args:
       path: a Hugging Face folder, a work directory, its checkpoints, or one checkpoint.
+      keep_fp8: see `huggingface.read_folder`.
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these, or has no weights in FP8 to keep.
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint at {path}")
     if is_huggingface(path):
-        return read_folder(path)
+        return read_folder(path, keep_fp8)
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         raise UserError(
             f"{path} holds no checkpoint: a Hugging Face folder has a config.json, and a work "
             "directory has checkpoints"
         )
+    if keep_fp8:
+        raise UserError(f"{checkpoint} has no weights in FP8 to keep so; a Hugging Face folder may")
     return *read_checkpoint(checkpoint), []
 
 
 def load_weights(
-    path: str | Path, config: ModelConfig | None, mesh: Mesh, dtype: Any = jnp.float32
+    path: str | Path,
+    config: ModelConfig | None,
+    mesh: Mesh,
+    dtype: Any = jnp.float32,
+    *,
+    keep_fp8: bool = False,
 ) -> Weights:
     """Reads each device's part of a checkpoint of either kind.
 
@@ -65,10 +73,11 @@ def load_weights(
       path: see `read_weights`.
       config: of the model that takes the weights; None for the checkpoint's own.
       dtype: of the parameters in memory.
+      keep_fp8: those that the checkpoint has in FP8 stay so.
     Raises:
       ValueError: `config` is of another model; all differing fields are listed.
     """
-    stored, weights, notes = read_weights(Path(path))
+    stored, weights, notes = read_weights(Path(path), keep_fp8)
     if config is None:
         config = stored
     else:
@@ -79,9 +88,11 @@ def load_weights(
     return Weights(config, *place_weights(config, weights, mesh, dtype), notes)
 
 
-def load_model(path: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> LanguageModel:
+def load_model(
+    path: Path, config: ModelConfig, mesh: Mesh, dtype: str, *, keep_fp8: bool = False
+) -> LanguageModel:
     """These weights as a model, whose products have operands of this dtype too."""
-    weights = load_weights(path, config, mesh, dtype)
+    weights = load_weights(path, config, mesh, dtype, keep_fp8=keep_fp8)
     precision = PrecisionConfig(compute_dtype=dtype)
     return LanguageModel(config, precision, mesh, weights.parameters, weights.router_bias)
 

@@ -14,6 +14,7 @@ from moe_jax import sharding
 from moe_jax.config import ModelConfig, PrecisionConfig
 from moe_jax.layers.moe import PlacementTable
 from moe_jax.models.decoder import Decoder, RouterBias
+from moe_jax.ops.fp8_weight import Fp8Weight
 
 Tree = Any  # nested dicts of arrays
 
@@ -22,7 +23,8 @@ class LanguageModel:
     """`model(tokens)` gives logits; the arrays are `model.parameters` and `model.router_bias`.
 
     Args:
-      parameters, router_bias: as `abstract_weights` describes them.
+      parameters, router_bias: as `abstract_weights` describes them; a parameter may be an
+        `Fp8Weight` of that shape.
       placement: [layers, experts, most replicas] int32, where `parameters` have redundant experts
         (`inference/redundancy.py`).
     """
@@ -48,6 +50,12 @@ class LanguageModel:
             self.placement = {"moe_blocks": {"moe": {"placement": placement}}}
         self.graphdef = nnx.graphdef(decoder)
         self._logits = jax.jit(self.apply)
+
+    @property
+    def fp8_weights(self) -> bool:
+        """Whether any stay in eight bits (`ops/fp8_weight.py`)."""
+        leaves = jax.tree.leaves(self.parameters, is_leaf=lambda x: isinstance(x, Fp8Weight))
+        return any(isinstance(leaf, Fp8Weight) for leaf in leaves)
 
     @property
     def weights(self) -> tuple[Tree, ...]:
