@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),  # the model dim
     "latent": ("fsdp",),  # MLA's compressed dims, where they are a product's input
     "experts": EXPERT_AXES,
+    "wide": EXPERT_AXES,  # a dense weight's other dim: heads, hidden or latent dims, vocabulary
 }
 
 
@@ -107,6 +108,15 @@ def split_axes(spec: P, dim: int) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
+def without(spec: P, axes: Sequence[str]) -> P:
+    """The sharding whose dims are not split over these mesh axes."""
+    kept = (
+        tuple(axis for axis in split_axes(spec, dim) if axis not in axes)
+        for dim in range(len(spec))
+    )
+    return P(*(dim or None for dim in kept))
+
+
 def gather(parameter: jax.Array) -> jax.Array:
     """The whole parameter on every device, just before its use."""
     return jax.sharding.reshard(parameter, P())
@@ -117,10 +127,16 @@ def gather_over(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
 
     Its transpose is the reduce-scatter that a gradient needs.
     """
-    for dim, axes in enumerate(spec):
-        if dim >= keep and axes and jax.lax.axis_size(axes) > 1:  # over one, it would be a copy
+    for dim in sorted(range(keep, len(spec)), key=lambda dim: _slowness(split_axes(spec, dim))):
+        axes = split_axes(spec, dim)
+        if axes and jax.lax.axis_size(axes) > 1:  # over one, it would be a copy
             shard = jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
     return shard
+
+
+def _slowness(axes: tuple[str, ...]) -> int:
+    """For gathers: over slow links first, while parts are small."""
+    return min((DEVICE_ORDER.index(axis) for axis in axes), default=0)
 
 
 def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:

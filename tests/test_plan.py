@@ -37,11 +37,11 @@ def test_deepseek_v3_on_2048_chips(tmp_path: Path) -> None:
     for figures in (memory, sent):
         assert figures["total"] == pytest.approx(sum(figures["by_kind"].values()))
     assert memory["fits"] and memory["total"] < memory["capacity"]
-    # Master weights and two moments of 682.6 B: experts in 2,048 parts, most others in 32.
-    experts = 59 * 256 * 3 * 7168 * 2048
-    others = 671_026_419_200 + parameters["mtp"] - experts
+    # Master weights and two moments of 682.6 B in 2,048 parts; embedding and routers in 32.
+    table = 7168 * (129_280 + 59 * 256)
+    others = 671_026_419_200 + parameters["mtp"] - table
     assert memory["by_kind"]["parameters"] == pytest.approx(
-        4 * (experts / 2048 + others / 32), rel=0.01
+        4 * (others / 2048 + table / 32), rel=0.01
     )
     tokens = plan["batch"]["tokens_per_step"] / plan["devices"]
     assert plan["tokens_per_second_per_device"] == pytest.approx(tokens / plan["step_seconds"])

@@ -59,6 +59,9 @@ def test_parameters_are_split_over_the_leading_axes_that_divide_them() -> None:
         assert spec((5, 4), ("embed", None)) == P(None, None)  # 2 does not divide 5
         assert spec((8, 4, 3), ("experts", "embed", None)) == P(EXPERT_AXES, ("fsdp",), None)
         assert spec((6, 4, 3), ("experts", "embed", None)) == P(("expert_outer",), ("fsdp",), None)
+        assert spec((4, 8), ("embed", "wide")) == P(("fsdp",), EXPERT_AXES)
+        assert spec((4, 6), ("embed", "wide")) == P(("fsdp",), ("expert_outer",))
+        assert sharding.without(spec((4, 8), ("embed", "wide")), EXPERT_AXES) == P(("fsdp",), None)
         with pytest.raises(AssertionError):
             spec((4, 6), ("embed",))
         with pytest.raises(KeyError):

@@ -56,7 +56,7 @@ def load(
     """
     mesh = mesh or one_device()
     config, lazy, _ = read_folder(Path(path), keep_fp8)
-    weights = place_weights(config, lazy, mesh, jnp.dtype(dtype))
+    weights = place_weights(config, lazy, mesh, jnp.dtype(dtype), decoding=True)
     return LanguageModel(config, PrecisionConfig(compute_dtype=dtype), mesh, *weights)
 
 
@@ -83,15 +83,18 @@ def one_device() -> Mesh:
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def place_weights(config: ModelConfig, weights: Tree, mesh: Mesh, dtype: Any) -> tuple[Tree, Tree]:
+def place_weights(
+    config: ModelConfig, weights: Tree, mesh: Mesh, dtype: Any, *, decoding: bool
+) -> tuple[Tree, Tree]:
     """Parameters, as `dtype`, and router biases on a mesh; each device reads its own part.
 
+    Args: see `abstract_weights`.
     Raises:
       ValueError: see `check_fit`.
     """
     check_fit(config, weights)
     found = flatten(weights)
-    parameters, router_bias = abstract_weights(config, mesh, dtype)
+    parameters, router_bias = abstract_weights(config, mesh, dtype, decoding=decoding)
     wanted = flatten({"parameters": parameters, "router_bias": router_bias})
     placed = unflatten(
         {

@@ -65,6 +65,7 @@ def load_weights(
     mesh: Mesh,
     dtype: Any = jnp.float32,
     *,
+    decoding: bool = False,
     keep_fp8: bool = False,
 ) -> Weights:
     """Reads each device's part of a checkpoint of either kind.
@@ -73,6 +74,7 @@ def load_weights(
       path: see `read_weights`.
       config: of the model that takes the weights; None for the checkpoint's own.
       dtype: of the parameters in memory.
+      decoding: see `abstract_weights`.
       keep_fp8: those that the checkpoint has in FP8 stay so.
     Raises:
       ValueError: `config` is of another model; all differing fields are listed.
@@ -85,14 +87,14 @@ def load_weights(
     if not config.num_nextn_predict_layers:
         for tree in weights.values():
             tree.pop("mtp", None)
-    return Weights(config, *place_weights(config, weights, mesh, dtype), notes)
+    return Weights(config, *place_weights(config, weights, mesh, dtype, decoding=decoding), notes)
 
 
 def load_model(
     path: Path, config: ModelConfig, mesh: Mesh, dtype: str, *, keep_fp8: bool = False
 ) -> LanguageModel:
     """These weights as a model, whose products have operands of this dtype too."""
-    weights = load_weights(path, config, mesh, dtype, keep_fp8=keep_fp8)
+    weights = load_weights(path, config, mesh, dtype, decoding=True, keep_fp8=keep_fp8)
     precision = PrecisionConfig(compute_dtype=dtype)
     return LanguageModel(config, precision, mesh, weights.parameters, weights.router_bias)
 

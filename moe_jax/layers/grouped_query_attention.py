@@ -31,7 +31,7 @@ class GroupedQueryAttention(nnx.Module):
             rngs=rngs,
         )
         heads, groups = sizes.num_heads, sizes.num_key_value_heads
-        into, out = ("embed", None, None), (None, None, "embed")
+        into, out = ("embed", "wide", None), ("wide", None, "embed")
         self.query = Linear((dim,), (heads, sizes.head_dim), into, **shared)
         self.key = Linear((dim,), (groups, sizes.head_dim), into, **shared)
         self.value = Linear((dim,), (groups, sizes.head_dim), into, **shared)

@@ -38,19 +38,19 @@ class LatentAttention(nnx.Module):
         )
         query_heads = (heads, nope + rope)
         if sizes.q_lora_rank is None:
-            self.query = Linear((dim,), query_heads, ("embed", None, None), **shared)
+            self.query = Linear((dim,), query_heads, ("embed", "wide", None), **shared)
         else:
             rank = sizes.q_lora_rank
-            self.query_down = Linear((dim,), (rank,), ("embed", None), **shared)
+            self.query_down = Linear((dim,), (rank,), ("embed", "wide"), **shared)
             self.query_norm = RMSNorm(rank, LATENT_EPS)
-            self.query_up = Linear((rank,), query_heads, ("latent", None, None), **shared)
+            self.query_up = Linear((rank,), query_heads, ("latent", "wide", None), **shared)
         rank = sizes.kv_lora_rank
-        self.kv_down = Linear((dim,), (rank + rope,), ("embed", None), **shared)
+        self.kv_down = Linear((dim,), (rank + rope,), ("embed", "wide"), **shared)
         self.kv_norm = RMSNorm(rank, LATENT_EPS)
         self.kv_up = Linear(
-            (rank,), (heads, nope + sizes.v_head_dim), ("latent", None, None), **shared
+            (rank,), (heads, nope + sizes.v_head_dim), ("latent", "wide", None), **shared
         )
-        self.output = Linear((heads, sizes.v_head_dim), (dim,), (None, None, "embed"), **shared)
+        self.output = Linear((heads, sizes.v_head_dim), (dim,), ("wide", None, "embed"), **shared)
 
     @property
     def scale(self) -> float:

@@ -31,11 +31,11 @@ class SwiGLU(nnx.Module):
             rngs=rngs,
         )
         self.recipe = RECIPES.get(precision.recipe_of("mlp"))
-        self.gate = Linear((dim,), (hidden,), ("embed", None), **shared)
-        self.up = Linear((dim,), (hidden,), ("embed", None), **shared)
+        self.gate = Linear((dim,), (hidden,), ("embed", "wide"), **shared)
+        self.up = Linear((dim,), (hidden,), ("embed", "wide"), **shared)
         if self.recipe is not None:
             shared["product"] = Fp8SwiGLU(self.recipe, precision.fp8_report, precision.fp8_form)
-        self.down = Linear((hidden,), (dim,), (None, "embed"), **shared)
+        self.down = Linear((hidden,), (dim,), ("wide", "embed"), **shared)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.gate(x), self.up(x)

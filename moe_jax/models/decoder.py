@@ -51,7 +51,7 @@ class Decoder(nnx.Module):
             self.head = Linear(
                 (dim,),
                 (config.vocab_size,),
-                ("embed", None),
+                ("embed", "wide"),
                 initializer=initializer,
                 dtype=dtype,
                 output_dtype=jnp.dtype(jnp.float32),

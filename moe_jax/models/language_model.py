@@ -99,12 +99,18 @@ class LanguageModel:
 
 
 def abstract_weights(
-    config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Any = jnp.float32
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    dtype: Any = jnp.float32,
+    *,
+    decoding: bool = False,
 ) -> tuple[Tree, Tree]:
     """Shapes, dtypes and shardings of a model's parameters and router biases.
 
     Args:
       mesh: `sharding.abstract_mesh` where no devices are needed.
+      decoding: whether dense weights are whole on all devices among which experts are split. There
+        is no time to gather them for each token.
     Returns:
       Two nested dicts of `jax.ShapeDtypeStruct`; parameters are `dtype`, biases float32.
     """
@@ -112,14 +118,20 @@ def abstract_weights(
         model = _shapes(config, PrecisionConfig())
     _, parameters, router_bias = nnx.split(model, nnx.Param, RouterBias)
 
-    def placed(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    def placed(path: Any, x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
         # A value that no axis splits has no sharding of its own here.
         spec = x.sharding.spec if x.sharding else sharding.P()
+        if decoding and path[-2:-1] != (jax.tree_util.DictKey("moe"),):
+            spec = sharding.without(spec, sharding.EXPERT_AXES)
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
 
     return (
-        jax.tree.map(functools.partial(placed, dtype=dtype), nnx.to_pure_dict(parameters)),
-        jax.tree.map(functools.partial(placed, dtype=jnp.float32), nnx.to_pure_dict(router_bias)),
+        jax.tree.map_with_path(
+            functools.partial(placed, dtype=dtype), nnx.to_pure_dict(parameters)
+        ),
+        jax.tree.map_with_path(
+            functools.partial(placed, dtype=jnp.float32), nnx.to_pure_dict(router_bias)
+        ),
     )
 
 

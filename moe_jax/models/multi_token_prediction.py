@@ -35,7 +35,7 @@ class PredictionModule(nnx.Module):
         self.projection = Linear(
             (2 * dim,),
             (dim,),
-            ("embed", None),
+            ("embed", "wide"),
             initializer=Initializer.of(config),
             dtype=jnp.dtype(precision.compute_dtype),
             product=product_of(precision, "mtp"),

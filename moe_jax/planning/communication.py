@@ -41,7 +41,7 @@ def transfers(case: Case) -> list[Transfer]:
     """Of a whole step, alike ones as one; only what goes to other devices."""
     total: dict[tuple[str, tuple[str, ...], str], float] = {}
     for kind, axes, collective, sent in _of_micro_batch(case):
-        axes = tuple(axis for axis in axes if case.sizes[axis] > 1)
+        axes = tuple(axis for axis in DEVICE_ORDER if axis in axes and case.sizes[axis] > 1)
         if axes:
             key = kind, axes, collective
             total[key] = total.get(key, 0.0) + sent * case.micro_batches
@@ -65,7 +65,7 @@ def _of_weight(case: Case, weight: Weight) -> Iterator[Transfer]:
     itself stays in parts.
     """
     split, losses = weight.split_over(case.sizes), 1 + case.depth
-    gathered = tuple(axis for axis in split if axis not in EXPERT_AXES)
+    gathered = weight.gathered_over(case.sizes)
     others = tuple(axis for axis in BATCH_AXES if axis not in split)
     parts, copies = (sharding.num_shards(dict(case.sizes), axes) for axes in (gathered, others))
     # XLA makes no loop of a single layer, and merges what both of its passes gather.

@@ -175,8 +175,7 @@ def product_bytes(case: Case) -> dict[str, float]:
     for weight in case.weights:
         if weight.group in ("other", "embedding"):
             continue
-        experts = [axis for axis in weight.split_over(case.sizes) if axis != "fsdp"]
-        whole = weight.size / math.prod(case.sizes[axis] for axis in experts)
+        whole = weight.gathered(case.sizes)
         rows = float(case.tokens)
         if weight.group == "routed":
             rows *= case.config.model.moe.num_experts_per_tok

@@ -181,9 +181,7 @@ def _of_one_layer(case: Case) -> dict[str, float]:
     whole = 0
     for weight in case.weights:
         if weight.stack == stack and weight.trained:
-            experts = [axis for axis in weight.split_over(case.sizes) if axis != "fsdp"]
-            parts = sharding.num_shards(dict(case.sizes), experts)
-            whole += weight.size // weight.layers // parts
+            whole += weight.gathered(case.sizes) // weight.layers
     return {
         "layer activations": again + whole_layer,  # and their gradients
         "gathered weights": whole * case.compute_bytes,

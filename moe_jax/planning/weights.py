@@ -60,6 +60,15 @@ class Weight(NamedTuple):
             for axis in sharding.dividing(size, axes, dict(sizes))
         )
 
+    def gathered_over(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Those over which its parts come together for a product: experts stay apart."""
+        apart = sharding.EXPERT_AXES if self.group == "routed" else ()
+        return tuple(axis for axis in self.split_over(sizes) if axis not in apart)
+
+    def gathered(self, sizes: Mapping[str, int]) -> int:
+        """Its size on a device that has gathered it."""
+        return self.part(sizes) * sharding.num_shards(dict(sizes), self.gathered_over(sizes))
+
     def part(self, sizes: Mapping[str, int]) -> int:
         """Its size on one device of the mesh; parts are equal."""
         return self.size // sharding.num_shards(dict(sizes), self.split_over(sizes))

@@ -21,6 +21,7 @@ from moe_jax.config import (
     RopeConfig,
 )
 from moe_jax.models.decoder import Decoder, RouterBias
+from moe_jax.models.language_model import abstract_weights
 from moe_jax.ops.cross_entropy import cross_entropy
 
 ROWS, LENGTH, VOCAB, DIM, TOP_K = 8, 8, 24, 16, 2
@@ -377,3 +378,11 @@ def test_parameter_shapes() -> None:
     assert biases == {"moe_blocks": {"moe": {"router": {"bias": (2, 8)}}}}
     experts = params["moe_blocks"]["moe"]["gate"].sharding.spec
     assert experts == sharding.P(None, sharding.EXPERT_AXES, "fsdp", None)
+    dense = params["moe_blocks"]["attention"]["output"]["weight"].sharding.spec
+    assert dense == sharding.P(None, sharding.EXPERT_AXES, None, "fsdp")
+    # Where each token is a step, dense weights are whole among experts.
+    decoding, _ = abstract_weights(CONFIG, mesh, decoding=True)
+    assert decoding["moe_blocks"]["moe"]["gate"].sharding.spec == experts
+    for shared in (decoding["dense_blocks"], decoding["head"], decoding["moe_blocks"]["attention"]):
+        for leaf in jax.tree.leaves(shared):
+            assert not set(sharding.EXPERT_AXES) & set(jax.tree.leaves(tuple(leaf.sharding.spec)))

@@ -81,7 +81,8 @@ def test_the_compiled_step_sends_what_is_counted(config: Config) -> None:
     scattered = compiled.collective_bytes("reduce-scatter") + reduced[True] / 2
     assert scattered == pytest.approx(planned.get("reduce-scatter", 0.0), rel=1e-3)
     # Statistics of the routing, and the router's gradient, which is summed before it is cut.
-    assert reduced[False] == pytest.approx(planned["all-reduce"], rel=0.02)
+    others = 0.02 * (planned["reduce-scatter"] + planned["all-reduce"])
+    assert reduced[False] == pytest.approx(planned["all-reduce"], abs=others)
 
 
 GPUS = Machine("test", {"bfloat16": 1.0}, 1, 1, fast_links=100.0, fast_domain=8, slow_links=10.0)
