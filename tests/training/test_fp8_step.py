@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from step_runs import CONFIG, layout_of, make_batch, make_state, run
 
-from moe_jax.config import Config
+from moe_jax.config import CheckpointConfig, Config
 from moe_jax.ops import fp8_state
 from moe_jax.training.checkpoint import Checkpoints
 
@@ -97,7 +97,7 @@ def test_what_products_remember_is_saved_and_goes_on_bit_for_bit(tmp_path: Path)
     assert all(np.all(np.sum(history > 0, axis=-1) == 2) for history in histories)
     exact = [leaf[..., fp8_state.EXACT] for leaf in jax.tree.leaves(state["fp8"])]
     assert 0 < np.mean(np.concatenate([x.ravel() for x in exact])) < 1, "some passed the bound"
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     checkpoints.save(2, state, {})
     checkpoints.wait()
     layout = jax.tree.map(
