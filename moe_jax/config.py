@@ -304,6 +304,35 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecoveryConfig:
+    """Bad steps, whose update was skipped or whose loss is a spike, and steps that do not end."""
+
+    max_bad_steps: int = 10  # in a row: back to the checkpoint before, on with new data; 0: never
+    max_rollbacks: int = 3  # one more ends the run
+    spike_sigmas: float = 0.0  # a spike is so far above the last good losses' mean; 0: none is
+    spike_window: int = 100  # losses
+    watchdog_minutes: float = 60.0  # no step, evaluation, save or compilation takes longer; 0: any
+
+
+@dataclasses.dataclass(frozen=True)
+class CollapseConfig:
+    """What is warned of, with layer and expert; 0 leaves each out."""
+
+    dead_steps: int = 100  # an expert has had no token for so long
+    max_violation: float = 0.0  # the fullest expert's load above the mean, in means, in a step
+    min_entropy: float = 0.0  # of a router's mean scores, of the largest entropy
+    stop: bool = False  # a warning ends the run
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    """Slow, to look for a fault."""
+
+    determinism_check: int = 0  # every so many steps, one is run twice and compared; 0: never
+    nans: bool = False  # a skipped step is searched for the first operation that made a NaN
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """A profiler trace, for TensorBoard or Perfetto, under WORKDIR/profile."""
 
@@ -322,6 +351,9 @@ class Config:
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    debug: DebugConfig = DebugConfig()
     profile: ProfileConfig = ProfileConfig()
 
 

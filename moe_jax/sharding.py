@@ -18,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import MESH_AXES, MeshConfig, UserError
 
-# From slow links to fast ones: neighbours along the last axis are neighbours in the machine.
+# From slow links to fast ones: neighbours along the last axis are neighbours in the machine, and
+# what the links between slices or hosts cut, they cut along the first axes that they can.
 DEVICE_ORDER = ("pipeline", "data", "fsdp", "expert_outer", "expert", "context", "tensor")
+FAST_AXES = ("expert", "context", "tensor")  # which such links had better not cut
 EXPERT_AXES = ("expert_outer", "expert")
 BATCH_AXES = ("data", "fsdp", "expert_outer", "expert")
 BATCH = P(BATCH_AXES)  # activations: rows are split, everything behind them is whole
@@ -55,13 +57,52 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all of them if None)."""
+    """The mesh over `devices` (all of them if None).
+
+    Raises:
+      ValueError: sizes do not multiply to the number of devices, or cannot be cut into slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     shape = tuple(sizes[axis] for axis in DEVICE_ORDER)
+    islands = num_islands(devices)
     # Axes of a TPU's torus are split where the sizes ask for it: eight chips of a row of four.
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if islands == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        slow = slow_parts(sizes, islands)
+        between = tuple(slow[axis] for axis in DEVICE_ORDER)
+        within = tuple(size // part for size, part in zip(shape, between, strict=True))
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, between, devices, allow_split_physical_axes=True
+        )
     return Mesh(placed, DEVICE_ORDER, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def num_islands(devices: Sequence[jax.Device]) -> int:
+    """How many groups of devices there are with fast links inside: slices, or hosts of GPUs."""
+    if devices[0].platform == "cpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def slow_parts(sizes: dict[str, int], islands: int) -> dict[str, int]:
+    """Into how many parts each axis is cut by the slow links between islands.
+
+    Raises:
+      ValueError: no axes have such parts.
+    """
+    parts, left = {}, islands
+    for axis in DEVICE_ORDER:
+        parts[axis] = math.gcd(sizes[axis], left)
+        left //= parts[axis]
+    if left > 1:
+        given = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise UserError(
+            f"config.mesh ({given}) cannot be cut into {islands} equal slices or hosts; make data "
+            f"or fsdp a multiple of {islands}"
+        )
+    return parts
 
 
 def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:

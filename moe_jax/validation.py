@@ -255,6 +255,11 @@ def _check_run(config: Config) -> None:
     _at_least(config, 1, *(f"checkpoint.{n}" for n in ("every_steps", "keep", "max_failed_saves")))
     _at_least(config, 0, "checkpoint.every_minutes")
     _at_least(config, 0, "checkpoint.keep_every_steps", "checkpoint.keep_best")
+    _at_least(config, 1, "recovery.spike_window")
+    _at_least(config, 0, *(f"recovery.{n}" for n in ("max_bad_steps", "max_rollbacks")))
+    _at_least(config, 0, "recovery.spike_sigmas", "recovery.watchdog_minutes")
+    _at_least(config, 0, "collapse.dead_steps", "collapse.max_violation", "collapse.min_entropy")
+    _at_least(config, 0, "debug.determinism_check")
     _at_least(config, 0, "seed")
     _require(config.seed < 2**63, f"config.seed={config.seed} must be below 2**63")
     if config.training.stop_after_step is not None:

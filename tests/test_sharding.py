@@ -140,3 +140,43 @@ def test_share_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Devices that differ along another axis hold the same rows.
     mesh = _mesh_of_processes([0, 0, 1, 1], data=2, tensor=2)
     assert sharding.process_share(mesh) == (1, 2, 2)
+
+
+def test_slow_links_cut_the_outer_axes() -> None:
+    sizes = {"data": 2, "fsdp": 6, "expert_outer": 2, "expert": 8}
+    sizes = {axis: sizes.get(axis, 1) for axis in sharding.DEVICE_ORDER}
+
+    def cut(islands: int) -> dict[str, int]:
+        return {a: n for a, n in sharding.slow_parts(sizes, islands).items() if n > 1}
+
+    assert cut(1) == {}
+    assert cut(2) == {"data": 2}
+    assert cut(12) == {"data": 2, "fsdp": 6}
+    assert cut(8) == {"data": 2, "fsdp": 2, "expert_outer": 2}
+    assert cut(16) == {"data": 2, "fsdp": 2, "expert_outer": 2, "expert": 2}  # as a last resort
+    with pytest.raises(ValueError, match=r"fsdp=6.*cannot be cut into 5 equal slices"):
+        cut(5)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:4x4", 4), ("v5p:4x4x4", 2)])
+def test_experts_stay_within_a_slice(topology: str, slices: int) -> None:
+    """On compile-only devices of several TPU slices."""
+    from jax.experimental import topologies
+
+    from moe_jax.planning.topologies import prepare
+    from moe_jax.training.summary import machine
+
+    prepare()
+    devices = topologies.get_topology_desc(
+        topology_name=topology, platform="tpu", num_slices=slices
+    ).devices
+    config = MeshConfig(data=2, fsdp=-1, expert_outer=2, expert=4)
+    mesh = sharding.make_mesh(config, devices)
+    slice_of = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    # [outer axes, those that must stay within]
+    slice_of = slice_of.reshape(-1, 4)
+    assert (slice_of == slice_of[:, :1]).all() and len(np.unique(slice_of)) == slices
+    fsdp = f", fsdp {slices // 2}" if slices > 2 else ""
+    expected = f"links       {slices} slices or hosts; between them data 2{fsdp}"
+    assert machine(mesh, 1e12, "known")[1] == expected

@@ -71,6 +71,7 @@ AT_LEAST_1 = [
     ),
     *_fields("data", "num_streams", "packing_bins"),
     *_fields("checkpoint", "every_steps", "keep", "max_failed_saves"),
+    *_fields("recovery", "spike_window"),
 ]
 AT_LEAST_0 = [
     "seed",
@@ -80,6 +81,9 @@ AT_LEAST_0 = [
     *_fields("training", "num_steps", "eval_batches", "sample_tokens"),
     *_fields("optimizer", "warmup_steps"),
     *_fields("checkpoint", "keep_every_steps", "keep_best"),
+    *_fields("recovery", "max_bad_steps", "max_rollbacks"),
+    *_fields("collapse", "dead_steps"),
+    *_fields("debug", "determinism_check"),
 ]
 FLOATS_AT_LEAST_0 = [
     *_fields("model", "rms_norm_eps", "initializer_range"),
@@ -90,6 +94,8 @@ FLOATS_AT_LEAST_0 = [
     "precision.fp8_error_bound",
     *_fields("optimizer", "peak_lr", "final_lr", "weight_decay"),
     *_fields("checkpoint", "every_minutes"),
+    *_fields("recovery", "spike_sigmas", "watchdog_minutes"),
+    *_fields("collapse", "max_violation", "min_entropy"),
 ]
 FLOATS_AT_LEAST_1 = ["model.rope.factor", "model.moe.buffer_factor"]
 FLOATS_WITH_OTHER_BOUNDS = [

@@ -8,7 +8,7 @@ one stands alone and holds `parameters` and `router_bias` only.
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from absl import logging as absl_logging
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.fields import build, read_json
 from moe_jax.interop.lazy import Index, Lazy, Tree, piece_shape, pieces, unflatten
+from moe_jax.interop.manifest import faults, is_complete
 
 WEIGHTS = ("parameters", "router_bias")
 
@@ -53,7 +54,7 @@ def find_checkpoint(path: Path) -> Path | None:
         return path
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
-            steps = [p for p in folder.iterdir() if p.name.isdecimal() and (p / "state").is_dir()]
+            steps = [p for p in folder.iterdir() if p.name.isdecimal() and is_complete(p)]
             if steps:
                 return max(steps, key=lambda p: int(p.name))
     return None
@@ -63,17 +64,32 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, Tree]:
     """The model's config and its weights: {"parameters": ..., "router_bias": ...} of `Lazy`.
 
     Raises:
-      ValueError: the checkpoint lacks a file, or was written by another version.
+      ValueError: the checkpoint lacks a file, holds other bytes than its manifest says, or was
+        written by another version.
     """
-    document, metadata = path / "document" / "metadata", path / "state" / "_METADATA"
-    for file in (document, metadata):
+    document = path / "document" / "metadata"
+    for file in (document, path / "state" / "_METADATA"):
         if not file.is_file():
             raise UserError(f"checkpoint {path} is not whole: {file} is missing")
-    config, described = read_json(document).get("config"), read_json(metadata)
+    if is_complete(path) and (damage := faults(path)):
+        raise UserError(f"checkpoint {path} is not whole: {'; '.join(damage)}")
+    config = read_json(document).get("config")
     try:
         model = build(ModelConfig, config and config.get("model"), "config.model")
     except UserError as error:
         raise UserError(f"checkpoint {path} is of another version: {error}") from None
+    return model, read_arrays(path, WEIGHTS)
+
+
+def read_arrays(path: Path, items: Collection[str] = ()) -> Tree:
+    """A checkpoint's arrays as `Lazy`.
+
+    Args:
+      items: the groups of the state to read, all if empty.
+    Raises:
+      ValueError: an array is damaged.
+    """
+    described = read_json(path / "state" / "_METADATA")
     paths = [
         tuple(key["key"] for key in entry["key_metadata"])
         for entry in described["tree_metadata"].values()
@@ -82,7 +98,7 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, Tree]:
     opened = {
         names: ts.open(_spec(path / "state", names, driver, described["use_ocdbt"]), open=True)
         for names in paths
-        if names[0] in WEIGHTS and len(names) > 1
+        if not items or (names[0] in items and len(names) > 1)
     }
     leaves = {}
     for names, future in opened.items():
@@ -90,7 +106,7 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, Tree]:
             leaves[names] = _lazy(future.result(), path, names)
         except ValueError as error:
             raise UserError(f"checkpoint {path} is damaged at {'/'.join(names)}: {error}") from None
-    return model, unflatten(leaves)
+    return unflatten(leaves)
 
 
 def _spec(state: Path, names: tuple[str, ...], driver: str, use_ocdbt: bool) -> dict[str, Any]:

@@ -146,6 +146,19 @@ def batch_losses(
     return losses
 
 
+def entropy(share_LE: jax.Array) -> jax.Array:
+    """[layers] float32: of a router's mean scores, as a share of the largest entropy there is.
+
+    1 where all experts score alike, 0 where one has it all.
+
+    Args:
+      share_LE: [layers, experts] float32, sums of normalised scores.
+    """
+    p_LE = share_LE / jnp.maximum(jnp.sum(share_LE, axis=-1, keepdims=True), 1e-30)
+    nats_L = -jnp.sum(p_LE * jnp.log(jnp.maximum(p_LE, 1e-30)), axis=-1)
+    return nats_L / jnp.log(jnp.float32(max(share_LE.shape[-1], 2)))
+
+
 def max_violation(load_NE: jax.Array) -> jax.Array:
     """MaxVio = (max load - mean load) / mean load, per layer.
 

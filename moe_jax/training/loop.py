@@ -34,16 +34,19 @@ from moe_jax.models.language_model import LanguageModel
 from moe_jax.planning.machines import peak_operations
 from moe_jax.planning.operations import count_parameters, training_operations
 from moe_jax.schedules import changing, scheduled
-from moe_jax.training import processes, resume, summary
+from moe_jax.training import debug, processes, resume, summary
 from moe_jax.training.checkpoint import Checkpoints, check_writable
+from moe_jax.training.collapse import ExpertWatch
 from moe_jax.training.display import Display
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.lock import locked
 from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training.recovery import Guard
 from moe_jax.training.self_check import check_exchange
 from moe_jax.training.signals import Request, Requests
-from moe_jax.training.step import Tree, first_state, init_state
+from moe_jax.training.step import Tree, first_state, init_state, make_train_step
 from moe_jax.training.timing import Clock, CompiledSteps, Trace
+from moe_jax.training.watchdog import watchdog
 
 
 def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
@@ -90,12 +93,12 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         stack.enter_context(jax.set_mesh(mesh))
         display.lines(check_exchange(config))
         display.lines(summary.recipe(config))
-        first_step, data_state, state = start(config, mesh, checkpoints, corpus, display)
+        first_step, saved, state = start(config, mesh, checkpoints, corpus, display)
         count = count_parameters(state["parameters"], state["router_bias"], config.model)
         display.line(summary.model(count))
 
         batches = stack.enter_context(
-            contextlib.closing(train_batches(config, corpus, train_spans, share, data_state))
+            contextlib.closing(train_batches(config, corpus, train_spans, share, saved.get("data")))
         )
 
         def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -106,7 +109,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
             text = json.dumps(to_dict(config), indent=2)
             (workdir / "config.json").write_text(text + "\n")
             tokenizer.save(workdir / TOKENIZER)
-            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first_step)))
+            writer = MetricsWriter(workdir, first_step, display.line)
+            stack.callback(writer.close)
         steps = stack.enter_context(contextlib.closing(CompiledSteps(config, mesh, state)))
         evaluate = Evaluation(config, corpus, held_out, share, place)
         if held_out:
@@ -116,6 +120,9 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         stack.callback(trace.stop)
         clock, starts = Clock(), stage_starts(config)
         stage, end = stage_at(config, first_step), tokens_after(config, training.num_steps)
+        guard = Guard(config.recovery, checkpoints, display.line, saved.get("guard"))
+        experts = ExpertWatch(config.collapse)
+        dog = stack.enter_context(watchdog(config.recovery.watchdog_minutes))
         request = Request.NOTHING
         exact = 0  # products that fell back from eight bits
 
@@ -124,6 +131,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                 if step - 1 in starts or step - 1 == first_step:
                     stage = stage_at(config, step - 1)
                     train_step = steps.wait(stage)
+                    make = functools.partial(make_train_step, at_stage(config, stage))
+                    checked_step = debug.checked(config.debug, train_step.call, make)
                     rows, length = num_rows(config, stage), stage.sequence_length
                     number = sum(start < step for start in starts)
                     display.line(summary.stage(number, rows, length, *train_step[1:]))
@@ -136,9 +145,14 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                 batch, values = place(batch), scheduled(config, step - 1)
                 trace.before(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step.call(state, batch, values)
-                metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                    state, metrics = checked_step(step, state, batch, values)
+                metrics = jax.device_get(metrics)
                 trace.after(step)
+                dog.progress()
+                for warning in experts.look(metrics):
+                    display.line(f"experts     step {step}: {warning}")
+                metrics = {name: x.item() for name, x in metrics.items() if x.ndim == 0}
+                state = guard.mended(step, metrics, state, batch)
 
                 request = requests.settled()
                 is_last = step == last_step or request.stops
@@ -161,8 +175,6 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                     }
                     if writer:
                         writer.write(row)
-                    if metrics["skipped_updates"]:
-                        display.line(summary.skipped(metrics))
                     if metrics.get("fp8_exact", 0) > exact:
                         exact = metrics["fp8_exact"]
                         display.line(summary.fell_back(metrics, config.precision.fp8_error_bound))
@@ -177,11 +189,13 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                         display.line(f"step {step:>6}  held-out loss {loss:.4f}")
                         if writer:
                             writer.write({"step": step, "eval_loss": loss})
-                if step % config.checkpoint.every_steps == 0 or is_last or request is Request.SAVE:
+                is_due = step % config.checkpoint.every_steps == 0 and not guard.bad
+                if is_due or is_last or request is Request.SAVE:
                     with clock.paused():
                         now = at_stage(config, stage)
                         document = resume.describe(now, corpus.fingerprint, batches.get_state())
-                        checkpoints.save(step, state, document | {"eval_loss": loss})
+                        document |= {"guard": guard.state(), "eval_loss": loss}
+                        checkpoints.save(step, state, document)
                         requests.saved()
                 if is_last:
                     break
@@ -196,19 +210,19 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
 
 def start(
     config: Config, mesh: Mesh, checkpoints: Checkpoints, corpus: Corpus, display: Display
-) -> tuple[int, dict[str, Any] | None, Tree]:
-    """The step to go on from, the data's state there (None: at the beginning), and the state."""
+) -> tuple[int, dict[str, Any], Tree]:
+    """The step to go on from, what was saved beside the state there, and the state."""
     init = jax.jit(lambda: init_state(config))
     step, source = checkpoints.latest(), config.training.init_from
     if step is None:
         if source is None:
-            return 0, None, init()
+            return 0, {}, init()
         weights = load_weights(source, config.model, mesh)
         display.line(f"weights     of {source}")
         display.lines([f"            {text}" for text in weights.notes])
         # Donated: two copies of a large model need not fit.
         make = jax.jit(functools.partial(first_state, config), donate_argnums=(0, 1))
-        return 0, None, make(weights.parameters, weights.router_bias)
+        return 0, {}, make(weights.parameters, weights.router_bias)
     document = checkpoints.document(step)
     place = f"checkpoint {step} in {checkpoints.directory}"
     # What was saved has the rotary scaling of its stage.
@@ -216,7 +230,7 @@ def start(
     changed = resume.check(document, there, corpus.fingerprint, place)
     display.line(f"resuming    from step {step}")
     display.lines([f"changed     {text}" for text in changed])
-    return step, document["data"], checkpoints.restore(step, abstract_state(init, mesh))
+    return step, document, checkpoints.restore(step, abstract_state(init, mesh))
 
 
 def abstract_state(init: Any, mesh: Mesh) -> Tree:

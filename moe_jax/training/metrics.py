@@ -5,34 +5,47 @@ dropped when the file is opened, so that the file equals that of a run that was 
 TensorBoard's files are only ever added to: it is told of the resumption and hides what came after.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 
 class MetricsWriter:
-    """Writes rows to `WORKDIR/metrics.jsonl` and events to `WORKDIR/tensorboard`."""
+    """Writes rows to `WORKDIR/metrics.jsonl` and events to `WORKDIR/tensorboard`.
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int) -> None:
-        """Opens both for appending, less the rows of steps after `resume_step` (0: a new run)."""
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
+    On a full disk rows wait in memory until there is room; events are lost.
+
+    Args:
+      resume_step: both are opened for appending, less the rows of steps after this (0: a new run).
+      say: told for a person.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        folder = Path(workdir) / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = Path(workdir) / "metrics.jsonl"
         if path.exists():
             _drop_rows_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=resume_step + 1,
-            flush_secs=10,
-            # Event files are named by the second: a quick restart must not overwrite the last one.
-            filename_suffix=f".after-step-{resume_step}",
-        )
+        self._file, self._waiting, self._say = path.open("ab", buffering=0), b"", say
+        # Event files are named by the second: a quick restart must not overwrite the last one. Not
+        # tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue blocks.
+        self._events = EventsWriter(str(folder / "events"), f".after-step-{resume_step}")
+        start = SessionLog(status=SessionLog.START)  # which hides events from this step on
+        self._event(step=resume_step + 1, session_log=start)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row and flushes it; a number that JSON lacks (NaN, infinity) becomes null.
@@ -41,16 +54,31 @@ class MetricsWriter:
           row: names and values, among them `step`; numbers also become TensorBoard scalars.
         """
         plain = {name: _plain(value) for name, value in row.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in plain.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, plain["step"])
+        waited = bool(self._waiting)
+        self._waiting += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not waited:
+                self._say(f"not written rows of metrics.jsonl wait: {error.strerror}")
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in plain.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        self._event(step=plain["step"], summary=Summary(value=values))
+
+    def _event(self, **fields: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._events.write_event(Event(wall_time=time.time(), **fields))
+            self._events.flush()
 
     def close(self) -> None:
-        """Writes out what is buffered and closes both."""
+        """Closes both."""
         self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def _plain(value: Any) -> Any:

@@ -183,6 +183,8 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch, Metrics], tuple[Tr
                 "max_violation_worst_layer": jnp.max(violation_L),
                 "dispatch_rounds": jnp.max(routed["moe_blocks"].rounds),
                 "first_router_not_finite": _first_not_finite(routed["moe_blocks"].z),
+                "expert_load": loads["moe_blocks"],  # [layers, experts] int32
+                "router_entropy": balance.entropy(jnp.sum(routed["moe_blocks"].share_E, axis=0)),
             }
         dropped = [jnp.sum(stats.dropped) for stats in routed.values()]
         metrics["dropped_tokens"] = sum(dropped, start=jnp.zeros((), jnp.int32))
@@ -195,13 +197,17 @@ def make_train_step(config: Config) -> Callable[[Tree, Batch, Metrics], tuple[Tr
             new["ema"] = optax.incremental_update(
                 parameters, state["ema"], 1.0 - config.optimizer.ema_decay
             )
-        # A loss or gradient that is no number must not reach what training has built up.
+        # A loss or gradient that is no number must not reach what training has built up. A router
+        # bias that is none steers choices and leaves no trace in either.
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
+        for bias in jax.tree.leaves(state["router_bias"]):
+            finite &= jnp.all(jnp.isfinite(bias))
         new = {
             name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), value, state[name])
             for name, value in new.items()
         }
         metrics["skipped_updates"] = state["step"] + 1 - new["update"]
+        metrics["update_skipped"] = (~finite).astype(jnp.int32)
         return {**new, "step": state["step"] + 1}, metrics
 
     return train_step

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.curriculum import tokens_after
 from moe_jax.data.corpus import Corpus, Span
@@ -19,12 +20,27 @@ PORTABLE_COST = "on a CPU a step takes 1.4 times bfloat16's"
 
 
 def machine(mesh: jax.sharding.Mesh, peak: float, peak_source: str) -> list[str]:
-    devices = mesh.devices.flat
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    devices = list(mesh.devices.flat)
+    sizes = _sizes(dict(mesh.shape))
+    lines = [f"devices     {mesh.size} x {devices[0].device_kind}; mesh {sizes or 'of one'}"]
+    islands = sharding.num_islands(devices)
+    if islands > 1:
+        slow = sharding.slow_parts(dict(mesh.shape), islands)
+        lines.append(f"links       {islands} slices or hosts; between them {_sizes(slow)}")
+        crossing = [axis for axis in sharding.FAST_AXES if slow[axis] > 1]
+        if crossing:
+            lines.append(
+                f"            {' and '.join(crossing)} cross slow links: data, fsdp or "
+                "expert_outer had better be cut there"
+            )
     return [
-        f"devices     {mesh.size} x {devices[0].device_kind}; mesh {sizes or 'of one'}",
+        *lines,
         f"peak        {peak / 1e12:.3g} TFLOP/s ({peak_source})",
     ]
+
+
+def _sizes(axes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
 
 
 def model(count: Parameters) -> str:
@@ -79,12 +95,6 @@ def step(number: int, loss: float, speed: float, mfu: float, seconds_left: float
         f"step {number:>6}  loss {loss:.4f}  {format_count(speed):>6} tokens/s  "
         f"MFU {mfu:5.1%}  {format_duration(seconds_left)} left"
     )
-
-
-def skipped(metrics: dict[str, float]) -> str:
-    text = f"{metrics['skipped_updates']} updates skipped: not finite"
-    layer = metrics.get("first_router_not_finite", -1)
-    return text if layer < 0 else f"{text}; scores of the router in routed layer {layer} are not"
 
 
 def fell_back(metrics: dict[str, float], bound: float) -> str:

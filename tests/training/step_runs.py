@@ -141,7 +141,9 @@ def run(
 ) -> tuple[Any, dict[str, Any]]:
     """The state after the step and the metrics, both on the host."""
     new, metrics = run_on_devices(state, batch, rematerialization, config, **axes)[1:]
-    return jax.device_get(new), {name: value.item() for name, value in metrics.items()}
+    return jax.device_get(new), {
+        name: x.item() if x.ndim == 0 else x for name, x in metrics.items()
+    }
 
 
 def run_on_devices(

@@ -64,3 +64,19 @@ def test_half_a_last_line_is_dropped_even_if_its_step_is_kept(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     MetricsWriter(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_on_a_full_disk_rows_wait_for_room(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, 0, said.append)
+    writer.write({"step": 1})
+    file = writer._file
+    with open("/dev/full", "wb", buffering=0) as writer._file:
+        writer.write({"step": 2})
+        writer.write({"step": 3})
+    writer._file = file
+    writer.write({"step": 4})
+    writer.close()
+    assert said == ["not written rows of metrics.jsonl wait: No space left on device"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
