@@ -7,7 +7,8 @@ with gradients; a failure makes the exit code 1. Then come this device's rate in
 product, grouped products at DeepSeek-V2-Lite's and V3's shapes beside torch's grouped product, and
 a train step of V2-Lite's shape with a few layers beside the same model in transformers. Each is
 measured with balance forced and with real routing. A floor is the operations needed, divided by
-the measured rate; "of rate" is the floor's share of the time.
+the measured rate; "of rate" is the floor's share of the time. Products in eight bits stand beside
+bfloat16's at V3's shapes, dense and by experts, and a layer's step; `gpu_fp8.py` has their floors.
 
 Each part is a process of its own with the whole device's memory, so one that fails or takes too
 long is left out with a word. torch and transformers are used if --peer-python has them.
@@ -94,6 +95,24 @@ def report_products(ours: dict, torch: dict | None) -> None:
         )
 
 
+def report_fp8(found: dict) -> bool:
+    """Prints times beside floors; whether all checks have passed."""
+    passed, rates = report_checks(found["checks"]), found["rates"]
+    tera = {name: rate / 1e12 for name, rate in rates.items()}
+    print(
+        f"\n{tera['bf16']:.1f} TFLOP/s in bf16, {tera['fp8']:.1f} in FP8, {tera['copy']:.2f} TB/s; "
+        "milliseconds, quantising and all"
+    )
+    head = ("bf16", "floor", "FP8", "floor", "quicker")
+    print(f"{'':34} {'':16} " + " ".join(f"{word:>8}" for word in head))
+    for time_ in found["times"]:
+        seconds, floors = time_["seconds"], time_["floors"]
+        columns = [1e3 * x for form in seconds for x in (seconds[form], floors[form])]
+        cells = [f"{x:8.3f}" for x in columns] + [f"{seconds['bf16'] / seconds['auto']:8.2f}"]
+        print(f"{time_['case']:34} {time_['pass']:16} " + " ".join(cells))
+    return passed
+
+
 def report_step(ours: dict, peers: dict[str, dict]) -> None:
     operations = ours["operations"]
     floor = operations / ours["rate"]
@@ -134,6 +153,8 @@ def main() -> None:
     torch = parts.run("torch's products", peer, "benchmarks.peers.torch_products")
     if products:
         report_products(products, torch)
+    fp8 = parts.run("fp8", here, "benchmarks.gpu_fp8")
+    passed &= fp8 is not None and report_fp8(fp8)
     step = parts.run("step", here, "benchmarks.gpu_step")
     peers = {}
     for mode in ("eager", "compiled"):

@@ -36,6 +36,16 @@ CASES = {
     True: (Case("tiny", 64, 64, 4, 512),),
 }
 STEPS = {False: Step(4, 6, 4096), True: Step(2, 2, 64)}
+# In eight bits and in bf16: rows, and a weight's dims in DeepSeek-V3; of experts also how many.
+FP8_ROWS = {False: 4096, True: 256}
+FP8_DENSE = {
+    False: {"query up": (1536, 24576), "attention's output": (16384, 7168), "gate": (7168, 18432)},
+    True: {"tiny": (128, 128)},
+}
+FP8_GROUPED = {
+    False: {"gate and up": (8, 7168, 4096), "down": (8, 2048, 7168)},
+    True: {"tiny": (2, 128, 128)},
+}
 MATRIX_DIM = {False: 8192, True: 256}  # of the square product that gives the machine's rate
 ROUTINGS = ("balance forced", "real (Zipf)")
 

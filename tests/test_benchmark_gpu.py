@@ -79,5 +79,7 @@ def test_the_command_runs_on_tiny_shapes(tmp_path):
     assert len(figures["products"]["products"]) == 12
     assert set(figures["step"]["seconds"]) == {"balance forced", "real (the router's)"}
     assert "left out" in figures["torch's products"]
-    for words in ("of rate", "balance forced", "real (Zipf)", "MFU", "floor"):
+    assert len(figures["fp8"]["checks"]) == 6 and len(figures["fp8"]["times"]) == 7
+    assert all(check["passed"] for check in figures["fp8"]["checks"])
+    for words in ("of rate", "balance forced", "real (Zipf)", "MFU", "floor", "quantising"):
         assert words in done.stdout
