@@ -242,11 +242,24 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One of several sources of documents.
+
+    path: "stdlib", a glob of files, or a folder of a Hugging Face data set or of tokens.
+    weight: share of all tokens; those of all sources sum to 1.
+    epochs: the run ends before the source is drawn more often; None: it repeats.
+    """
+
+    path: str = "stdlib"
+    weight: float = 1.0
+    epochs: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Documents, their packing into rows, and the curriculum of row lengths."""
 
-    # "stdlib", a glob of files, or a folder of a Hugging Face data set or of tokens (docs/data.md).
-    source: str = "stdlib"
+    source: str | tuple[Source, ...] = "stdlib"  # the path of one, or several with their weights
     # "bytes", or a tokenizer.json, a SentencePiece .model, or a folder with one.
     tokenizer: str = "bytes"
     # What a record is: "text", "chats" (messages) or "pairs" (prompt and answer); of the last two,
@@ -257,7 +270,16 @@ class DataConfig:
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     message_format: str = "<|im_start|>{role}\n{content}<|im_end|>\n"
+    # Fill-in-the-middle: share of the documents, and of those in suffix-prefix-middle; the others
+    # are in prefix-suffix-middle.
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
     skip_invalid: bool = False  # True: unusable files and records are counted, not an error
+    # A glob of JSONL or text files: documents in which n-grams of theirs occur are left out, and
+    # counted. For code and maths: "characters:50".
+    benchmark: str | None = None
+    benchmark_ngrams: str = "words:13"
+    benchmark_fields: str = ""  # of a record, "question,answer"; "": every text in it
     # Where tokens are kept of files that are not bytes to be read at random.
     cache: str = "~/.cache/moe_jax/tokens"
     holdout_every: int = 32  # every n-th document is held out for evaluation
@@ -266,6 +288,10 @@ class DataConfig:
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
     prefetch: int = 2  # batches made ahead
     stages: tuple[Stage, ...] = (Stage(),)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(self.source),) if isinstance(self.source, str) else self.source
 
 
 @dataclasses.dataclass(frozen=True)

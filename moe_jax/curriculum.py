@@ -5,6 +5,7 @@ A stage ends with the first step by which its end in tokens is reached, and has 
 stages and a number of steps; everything else reads those.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -79,6 +80,25 @@ def tokens_after(config: Config, steps: int) -> int:
         total += (end - start) * tokens_per_step(config, stage)
         start = end
     return total
+
+
+def steps_until_dry(config: Config, tokens: Sequence[int]) -> tuple[int, int] | None:
+    """After how many steps a source must not be drawn on, and which; None: not in this run.
+
+    Args:
+      tokens: of one epoch of each source.
+    """
+    limits = [
+        (of_source * source.epochs / source.weight, i)
+        for i, (source, of_source) in enumerate(zip(config.data.sources, tokens, strict=True))
+        if source.epochs is not None
+    ]
+    if not limits:
+        return None
+    limit, source = min(limits)
+    steps = range(config.training.num_steps + 1)
+    last = bisect.bisect_right(steps, limit, key=lambda step: tokens_after(config, step)) - 1
+    return (last, source) if last < config.training.num_steps else None
 
 
 def main_stage(config: Config) -> Stage:

@@ -1,5 +1,6 @@
 """Every check of a config: what cannot run is refused in one sentence, before JAX is touched."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from moe_jax.config import (
     MESH_AXES,
     RECIPES,
     Config,
+    DataConfig,
     UserError,
     field_names,
 )
@@ -231,21 +233,58 @@ def _check_moe(config: Config) -> None:
 def _check_data(config: Config) -> None:
     _at_least(config, 1, "data.num_streams", "data.packing_bins")
     _at_least(config, 0, "data.holdout_every", "data.prefetch")
-    _require(
-        config.data.source != "",
-        "config.data.source='' is empty; give 'stdlib', a glob of files or a folder",
-    )
+    _check_sources(config.data)
     _one_of(config, "data.records", "text", "chats", "pairs")
-    form = config.data.message_format
+    check_records(config.data)
     _require(
-        form.count("{content}") == 1,
-        f"config.data.message_format={form!r} must have {{content}} once",
+        re.fullmatch(r"(words|characters):[1-9]\d*", config.data.benchmark_ngrams) is not None,
+        f"config.data.benchmark_ngrams={config.data.benchmark_ngrams!r} must be words:13, "
+        "characters:50 or the like",
+    )
+    for name in ("fim_rate", "fim_spm_rate"):
+        rate = getattr(config.data, name)
+        _require(0 <= rate <= 1, f"config.data.{name}={rate} must be between 0 and 1")
+    _require(
+        not config.data.fim_rate or config.data.records == "text",
+        f"config.data.fim_rate={config.data.fim_rate} must be 0 for config.data.records="
+        f"{config.data.records!r}, whose answers come last",
     )
     _require(
         config.data.holdout_every != 1,
         "config.data.holdout_every=1 would hold out every document; 0 holds out none",
     )
     curriculum.check(config)
+
+
+def _check_sources(data: DataConfig) -> None:
+    for i, source in enumerate(data.sources):
+        field = "source" if isinstance(data.source, str) else f"source[{i}].path"
+        _require(
+            source.path != "",
+            f"config.data.{field}='' is empty; give 'stdlib', a glob of files or a folder",
+        )
+        for name in ("weight", "epochs"):
+            value = getattr(source, name)
+            _require(
+                value is None or value > 0,
+                f"config.data.source[{i}].{name}={value} must be above 0",
+            )
+    weights = [source.weight for source in data.sources]
+    _require(
+        abs(sum(weights) - 1) < 1e-6,
+        f"the weights of config.data.source, {' + '.join(map(str, weights))} = {sum(weights):.6g}, "
+        "must sum to 1",
+    )
+
+
+def check_records(data: DataConfig) -> None:
+    """Raises:
+    ValueError: records cannot be put into the form that is wanted.
+    """
+    _require(
+        data.message_format.count("{content}") == 1,
+        f"config.data.message_format={data.message_format!r} must have {{content}} once",
+    )
 
 
 def _check_run(config: Config) -> None:

@@ -60,5 +60,9 @@ def refusal(fields: dict[str, Any]) -> str:
     return str(error.value)
 
 
+def sources(*sources: tuple[str, float]) -> tuple[dict[str, Any], ...]:
+    return tuple({"path": path, "weight": weight} for path, weight in sources)
+
+
 def stages(*stages: tuple[int, int | None]) -> tuple[dict[str, Any], ...]:
     return tuple({"sequence_length": length, "until_tokens": tokens} for length, tokens in stages)

@@ -104,6 +104,7 @@ FLOATS_WITH_OTHER_BOUNDS = [
     *_fields("model.rope", "low_freq_factor", "high_freq_factor"),
     *_fields("model.moe", "capacity_factor", "undropped_sequences"),
     "training.recipe_scale",
+    *_fields("data", "fim_rate", "fim_spm_rate"),
 ]
 FLOATS = [*FLOATS_AT_LEAST_0, *FLOATS_AT_LEAST_1, *FLOATS_WITH_OTHER_BOUNDS]
 
@@ -152,7 +153,7 @@ def test_the_lists_above_are_all_numbers_there_are() -> None:
         ({"optimizer.b1": "0.9"}, "config.optimizer.b1 must be of type float, not '0.9'"),
         ({"optimizer.b1": False}, "config.optimizer.b1 must be of type float, not False"),
         ({"data.mask_documents": 1}, "config.data.mask_documents must be of type bool, not 1"),
-        ({"data.source": None}, "config.data.source must be of type str, not None"),
+        ({"data.text_field": None}, "config.data.text_field must be of type str, not None"),
         (
             {"model.attention.q_lora_rank": 1.5},
             "config.model.attention.q_lora_rank must be of type int or None, not 1.5",

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from raw_configs import raw, refusal, stages
+from raw_configs import raw, refusal, sources, stages
 
 from moe_jax import sharding, validation
 from moe_jax.config import MESH_AXES, Config, MeshConfig, UserError
@@ -135,6 +135,47 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"data.source": ""},
         "config.data.source='' is empty; give 'stdlib', a glob of files or a folder",
+    ),
+    (
+        {"data.source": sources(("a", 0.5), ("", 0.5))},
+        "config.data.source[1].path='' is empty; give 'stdlib', a glob of files or a folder",
+    ),
+    (
+        {"data.source": sources(("a", 0.5), ("b", 0.4))},
+        "the weights of config.data.source, 0.5 + 0.4 = 0.9, must sum to 1",
+    ),
+    (
+        {"data.source": sources(("a", 1.5), ("b", -0.5))},
+        "config.data.source[1].weight=-0.5 must be above 0",
+    ),
+    (
+        {"data.source": ({"path": "a", "epochs": 0.0},)},
+        "config.data.source[0].epochs=0.0 must be above 0",
+    ),
+    ({"data.source": ()}, "config.data.source must be a tuple of sources, not ()"),
+    (
+        {"data.source": ({"path": "a", "wieght": 1.0},)},
+        "config.data.source[0].wieght does not exist; did you mean config.data.source[0].weight?",
+    ),
+    ({"data.source": 3}, "config.data.source must be of type str or a tuple of sources, not 3"),
+    (
+        {"data.records": "chat"},
+        "config.data.records='chat' must be one of text, chats, pairs",
+    ),
+    (
+        {"data.message_format": "{role}"},
+        "config.data.message_format='{role}' must have {content} once",
+    ),
+    (
+        {"data.benchmark_ngrams": "words:0"},
+        "config.data.benchmark_ngrams='words:0' must be words:13, characters:50 or the like",
+    ),
+    ({"data.fim_rate": 1.5}, "config.data.fim_rate=1.5 must be between 0 and 1"),
+    ({"data.fim_spm_rate": -0.1}, "config.data.fim_spm_rate=-0.1 must be between 0 and 1"),
+    (
+        {"data.fim_rate": 0.5, "data.records": "pairs"},
+        "config.data.fim_rate=0.5 must be 0 for config.data.records='pairs', whose answers come "
+        "last",
     ),
     (
         {"data.stages": stages((0, None))},

@@ -1,19 +1,10 @@
-"""Documents by index, as tokens, and which of them are held out."""
+"""What documents are to packing, and which of them are held out."""
 
 import collections
-import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-
-from moe_jax.config import DataConfig
-from moe_jax.data.files import Files, list_files
-from moe_jax.data.formats import format_of
-from moe_jax.data.token_folder import TokenFolder, is_token_folder
-from moe_jax.data.tokenization import cached
-from moe_jax.data.tokenizer import TrainingTokenizer, load_tokenizer
-from moe_jax.fields import UserError
 
 # A corpus of few documents is shared out in about so many spans, of at least so many predictions:
 # streams that outnumber the spans would each read the same text at the same step.
@@ -58,67 +49,38 @@ class Corpus(Protocol):
         ...
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """The documents of `config.source`.
+def split_holdout(parts: Sequence[Corpus], every: int) -> tuple[list[list[Span]], list[Span]]:
+    """Training spans of each part, and held-out spans; together every prediction once.
 
-    Bytes are read where they lie, if the files can be read at random. All else is made a folder of
-    tokens first, in `config.cache`, and found there the next time.
-
-    Raises:
-      UserError: nothing matches, nothing is left, or a file or record cannot be used and
-        `config.skip_invalid` is False.
+    Documents are counted through all parts. Every `every`-th document of a part is held out whole.
+    A part of fewer documents, such as one big file, holds out the last 1 / `every` of each
+    document. 0 holds out nothing. The long documents of a part of few are several training spans
+    each.
     """
-    path = Path(config.source).expanduser()
-    if is_token_folder(path):
-        corpus: Corpus = TokenFolder(path)
-    else:
-        if config.source == "stdlib":
-            # Its empty files are nobody's mistake: they are skipped and counted.
-            config = dataclasses.replace(config, skip_invalid=True)
-        files, tokenizer = list_files(config.source), load_tokenizer(config.tokenizer)
-        at_random = all(format_of(file.path).random_access for file in files)
-        if at_random and config.tokenizer == "bytes":
-            corpus = Files(files, config)
-        else:
-            corpus = TokenFolder(cached(files, config, tokenizer))
-    if not len(corpus.lengths):
-        counts = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items())
-        raise UserError(f"config.data.source={config.source!r} has no usable document: {counts}")
-    return corpus
+    groups: list[list[Span]] = []
+    held_out: list[Span] = []
+    first = 0
+    for part in parts:
+        training, of_part = _split(part, first, every)
+        if len(part.lengths) < FEW_DOCUMENTS:
+            total = sum(span.stop - span.start for span in training)
+            size = max(SHORTEST_CUT, -(-total // FEW_DOCUMENTS))
+            training = [
+                Span(document, cut, min(cut + size, stop))
+                for document, start, stop in training
+                for cut in range(start, stop, size)
+            ]
+        groups.append(training)
+        held_out += of_part
+        first += len(part.lengths)
+    return groups, held_out
 
 
-def open_tokenizer(config: DataConfig) -> TrainingTokenizer:
-    """That of the corpus: a folder of tokens has its own."""
-    path = Path(config.source).expanduser()
-    return (
-        TokenFolder(path).tokenizer if is_token_folder(path) else load_tokenizer(config.tokenizer)
-    )
-
-
-def split_holdout(corpus: Corpus, every: int) -> tuple[list[Span], list[Span]]:
-    """Training and held-out spans; together they are every prediction of the corpus once.
-
-    Every `every`-th document is held out whole. A corpus of fewer documents, such as one big file,
-    holds out the last 1 / `every` of each document. 0 holds out nothing. The long documents of a
-    corpus of few are several training spans each.
-    """
-    training, held_out = _split(corpus, every)
-    if len(corpus.lengths) < FEW_DOCUMENTS:
-        total = sum(span.stop - span.start for span in training)
-        size = max(SHORTEST_CUT, -(-total // FEW_DOCUMENTS))
-        training = [
-            Span(document, cut, min(cut + size, stop))
-            for document, start, stop in training
-            for cut in range(start, stop, size)
-        ]
-    return training, held_out
-
-
-def _split(corpus: Corpus, every: int) -> tuple[list[Span], list[Span]]:
-    whole = [Span(i, 0, int(length) + 1) for i, length in enumerate(corpus.lengths)]
+def _split(part: Corpus, first: int, every: int) -> tuple[list[Span], list[Span]]:
+    whole = [Span(first + i, 0, int(length) + 1) for i, length in enumerate(part.lengths)]
     if not every:
         return whole, []
-    if len(corpus.lengths) >= every:
+    if len(whole) >= every:
         return (
             [span for i, span in enumerate(whole, start=1) if i % every],
             [span for i, span in enumerate(whole, start=1) if i % every == 0],

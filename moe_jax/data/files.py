@@ -42,8 +42,11 @@ class Found(NamedTuple):
 Screen = Callable[[Document, str], None]
 
 
-def list_files(source: str) -> list[File]:
+def list_files(source: str, field: str = "config.data.source") -> list[File]:
     """The files of "stdlib", of a folder of records, or of a glob, in order.
+
+    Args:
+      field: what sentences call the source.
 
     Raises:
       UserError: there are none.
@@ -64,8 +67,7 @@ def list_files(source: str) -> list[File]:
         paths = [Path(name) for name in names if os.path.isfile(name)]
     if not paths:
         raise UserError(
-            f"config.data.source={source!r} matches no file; give 'stdlib', a glob of files or a "
-            "folder"
+            f"{field}={source!r} matches no file; give 'stdlib', a glob of files or a folder"
         )
     return [File(path, str(path)) for path in paths]
 

@@ -20,14 +20,15 @@ from moe_jax.data.packing import Row, State, Stream, pack_once
 
 Batch = dict[str, np.ndarray]
 Share = tuple[int, int, int]
+Groups = Sequence[Sequence[Span]]
 
 
 class _BatchIterator(grain.DatasetIterator):
     """State: {"step": batches made, "streams": {index: state}} of the streams that it runs."""
 
-    def __init__(self, config: Config, corpus: Corpus, spans: Sequence[Span], share: Share):
+    def __init__(self, config: Config, corpus: Corpus, groups: Groups, share: Share):
         super().__init__()
-        self._config, self._corpus, self._spans, self._share = config, corpus, spans, share
+        self._config, self._corpus, self._groups, self._share = config, corpus, groups, share
         self._streams: dict[int, Stream] = {}
         self._open(0, {})
 
@@ -42,8 +43,8 @@ class _BatchIterator(grain.DatasetIterator):
         self._streams = {
             index: Stream(
                 self._corpus,
-                [self._spans],
-                [1.0],
+                self._groups,
+                [source.weight for source in data.sources],
                 index=index,
                 num_streams=data.num_streams,
                 seed=self._config.seed,
@@ -103,7 +104,7 @@ def _stack(rows: Sequence[Row], parts: int) -> Batch:
 
 
 def train_batches(
-    config: Config, corpus: Corpus, spans: Sequence[Span], share: Share, state: State | None = None
+    config: Config, corpus: Corpus, groups: Groups, share: Share, state: State | None = None
 ) -> Any:
     """An endless iterator over this process's part of each step's batch.
 
@@ -113,14 +114,14 @@ def train_batches(
     Args:
       config: of the run.
       corpus: that the spans point into.
-      spans: the training spans of `split_holdout`.
+      groups: the training spans of each source, of `split_holdout`.
       share: this process feeds parts [first, last) of `count` equal ones (first, last, count).
       state: of `get_state`, with the streams of all processes, to go on from there.
     Returns:
       A Grain iterator: `next(it)`; `it.get_state()`, a JSON-able document of the state after the
       last batch taken, {"step", "streams"}, holding this process's streams; `it.close()`.
     """
-    dataset = _Batches(config, corpus, spans, share)
+    dataset = _Batches(config, corpus, groups, share)
     if config.data.prefetch:
         dataset = grain.experimental.ThreadPrefetchIterDataset(
             dataset, prefetch_buffer_size=config.data.prefetch

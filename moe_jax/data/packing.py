@@ -7,7 +7,7 @@ between two lengths: what was drawn for the open group and not handed out goes b
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -107,6 +107,12 @@ def _finish(packed: dict[str, Any], mask_documents: bool) -> Row:
         "positions": positions,
         "loss_weights": packed["weights"].astype(np.float32),
     }
+
+
+def tokens_drawn(states: Iterable[State]) -> list[int]:
+    """Of each source, by all streams in these states together."""
+    of_streams = [state["parent"]["drawn"]["tokens"] for state in states]
+    return [sum(of_source) for of_source in zip(*of_streams, strict=True)]
 
 
 class Stream:

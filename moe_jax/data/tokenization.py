@@ -13,9 +13,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moe_jax.config import DataConfig
 from moe_jax.data.documents import Document
-from moe_jax.data.files import File, scan
+from moe_jax.data.files import File, Screen, list_files, scan
 from moe_jax.data.token_folder import SHARD_TOKENS, write_token_folder
 from moe_jax.data.tokenizer import TrainingTokenizer
+from moe_jax.data.training_bpe import train_bpe
+from moe_jax.fields import UserError
 
 
 def tokenize(
@@ -23,6 +25,7 @@ def tokenize(
     files: Sequence[File],
     config: DataConfig,
     tokenizer: TrainingTokenizer,
+    screen: Screen | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Writes the folder, or the rest of it, with a bar of progress on a terminal.
@@ -39,7 +42,7 @@ def tokenize(
         task = progress.add_task("", total=sum(sizes))
 
         def documents(skipped: collections.Counter[str]) -> Iterator[Document]:
-            for file, place, document in scan(files, config, skipped):
+            for file, place, document in scan(files, config, skipped, screen):
                 progress.update(task, completed=sum(sizes[:file]) + place.offset)
                 yield document
 
@@ -53,7 +56,34 @@ def tokenize(
         )
 
 
-def cached(files: Sequence[File], config: DataConfig, tokenizer: TrainingTokenizer) -> Path:
+def train_tokenizer(file: Path, files: Sequence[File], config: DataConfig, vocab_size: int) -> int:
+    """Writes a tokenizer.json trained on the files' texts; returns how many bytes they are.
+
+    Raises:
+      UserError: a file or record cannot be used, or the vocabulary is too small.
+    """
+    if file.suffix != ".json" or not file.parent.is_dir():
+        raise UserError(f"{file} cannot be written; name a .json file in a folder that is there")
+    size = 0
+
+    def texts() -> Iterator[bytes]:
+        nonlocal size
+        for found in scan(files, config, collections.Counter()):
+            for piece in found.document:
+                if not piece.marks:
+                    size += len(piece.text)
+                    yield piece.text
+
+    train_bpe(file, texts(), vocab_size)
+    return size
+
+
+def cached(
+    files: Sequence[File],
+    config: DataConfig,
+    tokenizer: TrainingTokenizer,
+    screen: Screen | None = None,
+) -> Path:
     """The folder of tokens of these files as they are now, in `config.cache`."""
     text = json.dumps([_describe(files, config), tokenizer.fingerprint])
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -62,15 +92,23 @@ def cached(files: Sequence[File], config: DataConfig, tokenizer: TrainingTokeniz
     # Other processes of this run want the same; one makes it.
     with open(cache / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        tokenize(cache / key, files, config, tokenizer)
+        tokenize(cache / key, files, config, tokenizer, screen)
     return cache / key
 
 
 def _describe(files: Sequence[File], config: DataConfig) -> dict[str, Any]:
     """What the documents depend on."""
-    of_files = [(file, file.path.stat()) for file in files]
-    fields = ("records", "text_field", "messages_field", "prompt_field", "answer_field")
-    return {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for (_, name), stat in of_files],
-        **{name: getattr(config, name) for name in (*fields, "message_format", "skip_invalid")},
-    }
+    fields = [
+        *("records", "text_field", "messages_field", "prompt_field", "answer_field"),
+        *("message_format", "skip_invalid"),
+    ]
+    about: dict[str, Any] = {"files": [_version(file) for file in files]}
+    if config.benchmark is not None:
+        about["benchmark"] = [_version(file) for file in list_files(config.benchmark)]
+        fields += ["benchmark_ngrams", "benchmark_fields"]
+    return {**about, **{name: getattr(config, name) for name in fields}}
+
+
+def _version(file: File) -> list[Any]:
+    stat = file.path.stat()
+    return [file.name, stat.st_size, stat.st_mtime_ns]

@@ -146,7 +146,7 @@ class FileTokenizer:
         return self._boundary
 
     def encode(self, texts: Sequence[bytes], marks: bool = False) -> list[np.ndarray]:
-        pieces = [_cut(text.decode()) for text in texts]
+        pieces = [cut(text.decode()) for text in texts]
         encodings = iter(
             (self._tokenizer if marks else self._plain).encode_batch_fast(
                 [piece for of_text in pieces for piece in of_text], add_special_tokens=False
@@ -305,7 +305,7 @@ def encode_documents(
     return result
 
 
-def _cut(text: str) -> list[str]:
+def cut(text: str) -> list[str]:
     """The text in pieces of at most `LONGEST`, if it can be cut where a line ends.
 
     A line break between letters is a token border for every tokenizer in use.

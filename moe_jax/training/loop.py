@@ -19,11 +19,14 @@ from moe_jax.curriculum import (
     num_rows,
     stage_at,
     stage_starts,
+    steps_until_dry,
     tokens_after,
     tokens_per_step,
 )
-from moe_jax.data.corpus import Corpus, open_corpus, open_tokenizer, split_holdout
+from moe_jax.data.corpus import Corpus, Span, split_holdout
 from moe_jax.data.loader import train_batches
+from moe_jax.data.packing import tokens_drawn
+from moe_jax.data.sources import open_corpus
 from moe_jax.data.tokenizer import TrainingTokenizer
 from moe_jax.fields import to_dict
 from moe_jax.inference.generation import Generator
@@ -76,12 +79,15 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         )
         display.lines(summary.machine(mesh, peak, peak_source))
 
-        tokenizer = open_tokenizer(config.data)
-        check_vocabulary(config, tokenizer)
-        corpus = open_corpus(config.data)
-        train_spans, held_out = split_holdout(corpus, config.data.holdout_every)
-        check_data(config, corpus, len(train_spans))
-        display.lines(summary.data(config, corpus, train_spans))
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        tokenizer = corpus.tokenizer
+        groups, held_out = split_holdout(corpus.parts, config.data.holdout_every)
+        check_data(config, corpus.parts, groups)
+        epoch = [sum(span.stop - span.start for span in spans) for spans in groups]
+        display.lines(summary.data(config, corpus, groups))
+        if dry := steps_until_dry(config, epoch):
+            last_step = min(last_step, dry[0])
+            display.line(summary.dry(config, *dry))
 
         processes.all_or_none(lambda: check_writable(workdir))
         processes.all_or_none(lambda: stack.enter_context(locked(workdir)) if is_main else None)
@@ -98,7 +104,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
         display.line(summary.model(count))
 
         batches = stack.enter_context(
-            contextlib.closing(train_batches(config, corpus, train_spans, share, saved.get("data")))
+            contextlib.closing(train_batches(config, corpus, groups, share, saved.get("data")))
         )
 
         def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -197,6 +203,11 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                         document |= {"guard": guard.state(), "eval_loss": loss}
                         checkpoints.save(step, state, document)
                         requests.saved()
+                    if len(groups) > 1:
+                        drawn = tokens_drawn(document["data"]["streams"].values())
+                        display.line(summary.drawn(step, config, drawn, epoch))
+                        if writer:
+                            writer.write({"step": step, **summary.drawn_row(drawn, epoch)})
                 if is_last:
                     break
 
@@ -271,19 +282,11 @@ def sample_text(config: Config, tokenizer: TrainingTokenizer, state: Tree, mesh:
     return tokenizer.decode([*prompt, *tokens])
 
 
-def check_vocabulary(config: Config, tokenizer: TrainingTokenizer) -> None:
-    """Refuses token ids that the model lacks."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"config.model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
-            f"{tokenizer.vocab_size}"
-        )
-
-
-def check_data(config: Config, corpus: Corpus, train_spans: int) -> None:
-    """Refuses a corpus that leaves nothing to train on."""
-    if not train_spans:
-        raise UserError(
-            f"config.data.source={config.data.source!r} has {len(corpus.lengths)} documents, and "
-            f"config.data.holdout_every={config.data.holdout_every} leaves none for training"
-        )
+def check_data(config: Config, parts: Sequence[Corpus], groups: Sequence[Sequence[Span]]) -> None:
+    """Refuses a source that leaves nothing to train on."""
+    for source, part, spans in zip(config.data.sources, parts, groups, strict=True):
+        if not spans:
+            raise UserError(
+                f"config.data.source={source.path!r} has {len(part.lengths)} documents, and "
+                f"config.data.holdout_every={config.data.holdout_every} leaves none for training"
+            )

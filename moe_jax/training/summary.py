@@ -64,19 +64,61 @@ def recipe(config: Config) -> list[str]:
     ]
 
 
-def data(config: Config, corpus: Corpus, spans: Sequence[Span]) -> list[str]:
+def data(config: Config, corpus: Corpus, groups: Sequence[Sequence[Span]]) -> list[str]:
+    spans = [span for of_source in groups for span in of_source]
     tokens = sum(span.stop - span.start for span in spans)
     longest = max(stage.sequence_length for stage in config.data.stages)
     cut = sum(span.stop - span.start > longest for span in spans)
     skipped = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items())
-    return [
-        f"data        {config.data.source}: {len(corpus.lengths)} documents"
+    training, sources = config.training, config.data.sources
+    wanted = tokens_after(config, training.num_steps)
+    name = sources[0].path if len(sources) == 1 else f"{len(sources)} sources"
+    lines = [
+        f"data        {name}: {len(corpus.lengths)} documents"
         + (f" (skipped: {skipped})" if skipped else ""),
         f"            {format_count(tokens)} tokens to train on, {cut} documents longer than a row",
-        f"batch       {format_count(tokens_after(config, 1))} tokens a step, "
-        f"{config.training.num_steps} steps, "
-        f"{tokens_after(config, config.training.num_steps) / tokens:.2f} epochs",
     ]
+    if len(sources) == 1:
+        epochs = f", {wanted / tokens:.2f} epochs"
+    else:
+        epochs = ""
+        for source, of_source in zip(sources, groups, strict=True):
+            size = sum(span.stop - span.start for span in of_source)
+            lines.append(
+                f"            {source.weight:.1%} {source.path}: {format_count(size)} tokens, "
+                f"{wanted * source.weight / size:.2f} epochs"
+            )
+    return [
+        *lines,
+        f"batch       {format_count(tokens_after(config, 1))} tokens a step, "
+        f"{training.num_steps} steps{epochs}",
+    ]
+
+
+def dry(config: Config, step: int, source: int) -> str:
+    name, epochs = config.data.sources[source].path, config.data.sources[source].epochs
+    return (
+        f"dry         {name} is drawn {epochs:g} times by step {step} of "
+        f"{config.training.num_steps}: the run ends there"
+    )
+
+
+def drawn(step: int, config: Config, tokens: Sequence[int], epoch: Sequence[int]) -> str:
+    total = max(sum(tokens), 1)  # nothing while the first group of rows is handed out
+    parts = [
+        f"{share / total:.1%} {source.path} ({share / size:.2f} epochs)"
+        for source, share, size in zip(config.data.sources, tokens, epoch, strict=True)
+    ]
+    return f"step {step:>6}  drawn {', '.join(parts)}"
+
+
+def drawn_row(tokens: Sequence[int], epoch: Sequence[int]) -> dict[str, float]:
+    """What was drawn of each source, for the record: by its place in the config."""
+    return {
+        name: value
+        for i, (share, size) in enumerate(zip(tokens, epoch, strict=True))
+        for name, value in ((f"drawn_tokens/{i}", share), (f"drawn_epochs/{i}", share / size))
+    }
 
 
 def held_out(spans: int, token_entropy: float) -> str:

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import formats
-from moe_jax.data.corpus import Span, open_corpus, split_holdout
+from moe_jax.data.corpus import Span, split_holdout
 from moe_jax.data.files import Files
+from moe_jax.data.sources import open_corpus
 
 SKIP = "; mend it, or set config.data.skip_invalid=True to skip and count such"
 
 
 def _open(pattern: Path | str, **fields: Any) -> Files:
-    corpus = open_corpus(DataConfig(source=str(pattern), **fields))
+    (corpus,) = open_corpus(DataConfig(source=str(pattern), **fields)).parts
     assert isinstance(corpus, Files)
     return corpus
 
@@ -265,7 +266,7 @@ def test_training_and_held_out_spans_are_every_prediction_once(
     lengths: list[int], every: int
 ) -> None:
     corpus: Any = Sized(lengths)
-    training, held_out = split_holdout(corpus, every)
+    (training,), held_out = split_holdout([corpus], every)
     predictions = [
         (span.document, p) for span in [*training, *held_out] for p in range(span.start, span.stop)
     ]
@@ -285,13 +286,13 @@ def test_training_and_held_out_spans_are_every_prediction_once(
 
 def test_nothing_is_held_out_for_0() -> None:
     corpus: Any = Sized([3, 1])
-    assert split_holdout(corpus, 0) == ([Span(0, 0, 4), Span(1, 0, 2)], [])
+    assert split_holdout([corpus], 0) == ([[Span(0, 0, 4), Span(1, 0, 2)]], [])
 
 
 @pytest.mark.parametrize("every", [0, 32])
 def test_one_big_document_is_shared_out_in_many_spans(every: int) -> None:
     corpus: Any = Sized([1_100_000])
-    training, held_out = split_holdout(corpus, every)
+    (training,), held_out = split_holdout([corpus], every)
     assert len(training) == 64
     assert training[0].start == 0
     assert all(a.stop == b.start for a, b in zip(training, training[1:], strict=False))

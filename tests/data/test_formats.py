@@ -16,8 +16,8 @@ from array_record.python import array_record_module  # pyright: ignore
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import files, formats
-from moe_jax.data.corpus import Corpus, open_corpus
 from moe_jax.data.files import Files
+from moe_jax.data.sources import Mixture, open_corpus
 from moe_jax.data.token_folder import TokenFolder
 
 TEXTS = ["one", "two\nlines", "déjà vu", "x" * 3000, *(f"number {i}" for i in range(3000))]
@@ -81,12 +81,12 @@ WRITERS: dict[str, Callable[[Path, list[str]], None]] = {
 AT_RANDOM = {"a.jsonl", "a.arrow", "a.array_record"}
 
 
-def _open(folder: Path, pattern: str = "*", **fields: Any) -> Corpus:
+def _open(folder: Path, pattern: str = "*", **fields: Any) -> Mixture:
     cache = str(folder.parent / f"{folder.name}_cache")
     return open_corpus(DataConfig(source=str(folder / pattern), cache=cache, **fields))
 
 
-def _texts(corpus: Corpus) -> list[str]:
+def _texts(corpus: Mixture) -> list[str]:
     order = np.random.default_rng(0).permutation(len(corpus.lengths))
     found = {int(i): corpus.tokens(int(i))[0] for i in order}
     assert all(len(ids) == corpus.lengths[i] + 2 for i, ids in found.items())
@@ -100,10 +100,11 @@ def test_the_same_documents_whatever_they_lie_in(tmp_path: Path, name: str) -> N
     WRITERS[name](folder / name, TEXTS)
     corpus = _open(folder)
     assert _texts(corpus) == TEXTS
+    (part,) = corpus.parts
     if name in AT_RANDOM:
-        assert isinstance(corpus, Files) and corpus.name(2) == f"{folder / name}:3"
+        assert isinstance(part, Files) and corpus.name(2) == f"{folder / name}:3"
     else:
-        assert isinstance(corpus, TokenFolder)
+        assert isinstance(part, TokenFolder)
         assert corpus.fingerprint == _open(folder).fingerprint
 
 

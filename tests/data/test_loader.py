@@ -52,7 +52,7 @@ def _batches(
     config: Config, count: int, share: tuple[int, int, int] = WHOLE, state: Any = None
 ) -> tuple[list[Batch], Any]:
     """`count` batches, and the state after them as JSON gives it back."""
-    with contextlib.closing(train_batches(config, CORPUS, SPANS, share, state)) as iterator:
+    with contextlib.closing(train_batches(config, CORPUS, [SPANS], share, state)) as iterator:
         batches = list(itertools.islice(iterator, count))
         return batches, json.loads(json.dumps(iterator.get_state()))
 

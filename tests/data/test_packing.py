@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpus import Span, open_corpus
+from moe_jax.data.corpus import Span
 from moe_jax.data.packing import Row, Stream, pack_once
+from moe_jax.data.sources import open_corpus
 from moe_jax.data.tokenizer import BOUNDARY
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=25)

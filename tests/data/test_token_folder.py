@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import token_folder
-from moe_jax.data.corpus import open_corpus
 from moe_jax.data.documents import Document, Piece
+from moe_jax.data.sources import open_corpus
 from moe_jax.data.token_folder import TokenFolder, write_token_folder
 from moe_jax.data.tokenizer import ByteTokenizer, encode_documents
 
@@ -124,7 +124,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 def test_a_source_that_is_a_folder_of_tokens(tmp_path: Path) -> None:
     _write(tmp_path / "a", _plain(3))
     corpus = open_corpus(DataConfig(source=str(tmp_path / "a")))
-    assert isinstance(corpus, TokenFolder)
+    assert isinstance(corpus.parts[0], TokenFolder)
     assert corpus.name(1) == f"{tmp_path / 'a'}:2"
     _write(tmp_path / "none", [])
     with pytest.raises(UserError, match="has no usable document: 2 empty file"):

@@ -115,7 +115,7 @@ def test_a_long_text_is_cut_at_line_ends_into_the_same_ids(
     tokenizer = load_tokenizer(str(files["bpe"]))
     (whole,) = tokenizer.encode([TEXT.encode()])
     monkeypatch.setattr(module, "LONGEST", 300)
-    assert len(module._cut(TEXT)) > 4
+    assert len(module.cut(TEXT)) > 4
     np.testing.assert_array_equal(tokenizer.encode([TEXT.encode()])[0], whole)
     # Without a line to cut at, it is cut anywhere, and still the same text.
     unbroken = "abcé" * 500
