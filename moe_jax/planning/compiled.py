@@ -188,12 +188,13 @@ class Walk:
                 r"(?:branch_computations=\{|_computation=|, )(%[\w.-]+)", instruction.attributes
             )
             yield max((inner(name) for name in names), key=self._operations), 1.0
-        elif instruction.opcode == "call":
+        elif instruction.opcode in ("call", "call-start"):
+            # Started: how the libtpu of jax 0.12 hands a collective to the sparse cores.
             yield inner(instruction.attribute("to_apply") or ""), 1.0
         elif name := instruction.attribute("calls"):
             yield inner(name), 1.0
         elif name := instruction.attribute("called_computations"):
-            # How programs for TPU hand a collective to the sparse cores.
+            # How that of jax 0.10 does so.
             yield inner(name.strip("{}").split(",")[0]), 1.0
 
     def _operations(self, frame: Frame) -> float:

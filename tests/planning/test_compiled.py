@@ -192,12 +192,18 @@ def test_a_ragged_exchange_fills_the_smaller_buffer() -> None:
     assert Walk(text).counts().collective_bytes("ragged-all-to-all") == 24
 
 
-def test_a_collective_on_the_sparse_cores_counts_once() -> None:
+@pytest.mark.parametrize(
+    ("start", "calls"),
+    [
+        ("custom-call", 'custom_call_target="any", called_computations={%inner}'),
+        ("call", "to_apply=%inner"),
+    ],
+)
+def test_a_collective_on_the_sparse_cores_counts_once(start: str, calls: str) -> None:
     text = _entry(
-        '%s = ((), (), s32[8]{0}) custom-call-start(), async_execution_thread="sparsecore", '
-        'custom_call_target="any", called_computations={%inner}',
-        "%u = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}, s32[8]{0}) custom-call-update(%s, %x)",
-        "ROOT %d = bf16[8,4]{1,0} custom-call-done(%u)",
+        f'%s = ((), (), s32[8]{{0}}) {start}-start(), async_execution_thread="sparsecore", {calls}',
+        f"%u = ((bf16[8,4]{{1,0}}), bf16[8,4]{{1,0}}, s32[8]{{0}}) {start}-update(%s, %x)",
+        f"ROOT %d = bf16[8,4]{{1,0}} {start}-done(%u)",
     ).replace(
         "ENTRY",
         "%inner (p: bf16[8,4]) -> bf16[8,4] {\n  %p = bf16[8,4]{1,0} parameter(0)\n"
