@@ -247,7 +247,7 @@ class Source:
 
     path: "stdlib", a glob of files, or a folder of a Hugging Face data set or of tokens.
     weight: share of all tokens; those of all sources sum to 1.
-    epochs: the run ends before the source is drawn more often; None: it repeats.
+    epochs: the run ends where the source is drawn so often by its weight; None: it repeats.
     """
 
     path: str = "stdlib"
