@@ -55,7 +55,8 @@ def make_config(model: str, target: str, buffer_factor: float, num_devices: int)
     raw.mesh.update({axis: 1 for axis in MESH_AXES} | {"fsdp": -1} | MESHES[model][target])
     raw.data.num_streams = num_devices
     length = LENGTHS.get((model, target), LENGTH)
-    raw.data.stages = ({"sequence_length": length, "until_tokens": None},)
+    raw.data.stages = ({"sequence_length": length},)
+    raw.training.num_steps = 1
     raw.training.tokens_per_step = num_devices * length
     raw.training.micro_batches = 1
     raw.training.rematerialization = "none"

@@ -30,7 +30,8 @@ def make_config(shape: Step, *, small: bool, **backends: str) -> configs.Config:
     raw.model.num_hidden_layers = shape.layers
     raw.model.backends.update(backends)
     raw.data.num_streams = shape.rows
-    raw.data.stages = ({"sequence_length": shape.length, "until_tokens": None},)
+    raw.data.stages = ({"sequence_length": shape.length},)
+    raw.training.num_steps = 1
     raw.training.tokens_per_step = shape.rows * shape.length
     raw.training.micro_batches = 1
     raw.training.rematerialization = "none"

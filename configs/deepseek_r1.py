@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import sized
+from moe_jax.sizes import sized
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -29,6 +29,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model.moe.bias_update_speed = 0.0
 
     # V3, section 5.1: a cosine from 5e-6 to 1e-6; R1, section 2.3.3: two epochs of 800 K samples.
+    config.optimizer.lr_phases = None
     config.optimizer.peak_lr = 5e-6
     config.optimizer.final_lr = 1e-6
     config.optimizer.warmup_steps = 0
@@ -37,5 +38,6 @@ def get_config(size: str = "full") -> ConfigDict:
     config.training.tokens_per_step = 512 * 4096
     config.training.micro_batches = 1
     config.training.num_steps = 3000
+    config.data.stages = ({"sequence_length": 4096},)
     config.training.mtp_loss_weight = 0.1
     return sized(config, size)

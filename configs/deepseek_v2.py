@@ -3,13 +3,16 @@
     python -m moe_jax.main --config=configs/deepseek_v2.py
     python -m moe_jax.main --config=configs/deepseek_v2.py:tiny    # the same on a laptop
 
-Sizes, routing, losses and dropping are those of the report (arXiv 2405.04434, sections 2 and 3.1),
-but for the learning rate: warm-up and one cosine here. The batch is that of the end of training.
+Sizes, routing, losses, dropping and recipe are those of the report (arXiv 2405.04434, sections 2
+and 3.1).
 """
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import default_config, sized
+from moe_jax.config import default_config
+from moe_jax.sizes import sized
+
+BILLION = 10**9
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -52,13 +55,25 @@ def get_config(size: str = "full") -> ConfigDict:
 
     moe.exchange_parts = 2
     config.mesh.expert = 8
-    config.optimizer.peak_lr = 2.4e-4
-    config.optimizer.final_lr = 2.4e-5
-    config.optimizer.warmup_steps = 2000
-    config.data.num_streams = 1024
-    config.data.stages = ({"sequence_length": 4096, "until_tokens": None},)
-    config.training.tokens_per_step = 9216 * 4096
-    config.training.micro_batches = 9
-    config.training.num_steps = 215_000  # 8.1 T tokens
+    optimizer, data, training = config.optimizer, config.data, config.training
+    optimizer.peak_lr = optimizer.final_lr = optimizer.warmup_steps = None
+    optimizer.lr_phases = (
+        {"value": 2.4e-4, "until_tokens": 2000 * 2304 * 4096, "kind": "linear"},
+        {"value": 2.4e-4, "until_tokens": 4860 * BILLION},  # 60 %
+        {"value": 0.316 * 2.4e-4, "until_tokens": 7290 * BILLION},  # 90 %
+        {"value": 0.316**2 * 2.4e-4},
+    )
+    data.num_streams = 768
+    training.tokens_per_step = 9216 * 4096
+    training.micro_batches = 8
+    training.num_steps = 0
+    data.stages = (
+        {
+            "sequence_length": 4096,
+            "until_tokens": 225 * BILLION,
+            "from_tokens_per_step": 2304 * 4096,
+        },
+        {"sequence_length": 4096, "until_tokens": 8100 * BILLION},
+    )
     config.checkpoint.every_steps = 500
     return sized(config, size)

@@ -3,13 +3,16 @@
     python -m moe_jax.main --config=configs/deepseek_v2_lite.py
     python -m moe_jax.main --config=configs/deepseek_v2_lite.py:tiny    # the same on a laptop
 
-Sizes and schedule are those of DeepSeek-V2's report (arXiv 2405.04434, appendix B), but for the
-learning rate: warm-up and one cosine here. Queries are not compressed, and routing knows no groups.
+Sizes and recipe are those of DeepSeek-V2's report (arXiv 2405.04434, appendix B). Queries are not
+compressed, and routing knows no groups.
 """
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import default_config, sized
+from moe_jax.config import default_config
+from moe_jax.sizes import sized
+
+BILLION = 10**9
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -46,13 +49,18 @@ def get_config(size: str = "full") -> ConfigDict:
 
     moe.exchange_parts = 2
     config.mesh.expert = 8
-    config.optimizer.peak_lr = 4.2e-4
-    config.optimizer.final_lr = 4.2e-5
-    config.optimizer.warmup_steps = 2000
-    config.data.num_streams = 512
-    config.data.stages = ({"sequence_length": 4096, "until_tokens": None},)
-    config.training.tokens_per_step = 4608 * 4096
-    config.training.micro_batches = 9
-    config.training.num_steps = 302_000  # 5.7 T tokens
+    optimizer, data, training = config.optimizer, config.data, config.training
+    optimizer.peak_lr = optimizer.final_lr = optimizer.warmup_steps = None
+    optimizer.lr_phases = (
+        {"value": 4.2e-4, "until_tokens": 2000 * 4608 * 4096, "kind": "linear"},
+        {"value": 4.2e-4, "until_tokens": 4560 * BILLION},  # 80 %
+        {"value": 0.316 * 4.2e-4, "until_tokens": 5130 * BILLION},  # 90 %
+        {"value": 0.316**2 * 4.2e-4},
+    )
+    data.num_streams = 512
+    data.stages = ({"sequence_length": 4096, "until_tokens": 5700 * BILLION},)
+    training.tokens_per_step = 4608 * 4096
+    training.micro_batches = 9
+    training.num_steps = 0
     config.checkpoint.every_steps = 500
     return sized(config, size)

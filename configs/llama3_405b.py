@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import sized
+from moe_jax.sizes import sized
 
 
 def get_config(size: str = "full") -> ConfigDict:

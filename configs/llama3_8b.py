@@ -9,7 +9,8 @@ most of pre-training.
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import default_config, sized
+from moe_jax.config import default_config
+from moe_jax.sizes import sized
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -35,7 +36,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer.final_lr = 3e-6
     config.optimizer.warmup_steps = 8000
     config.data.num_streams = 256
-    config.data.stages = ({"sequence_length": 8192, "until_tokens": None},)
+    config.data.stages = ({"sequence_length": 8192},)
     config.training.tokens_per_step = 1024 * 8192
     config.training.num_steps = 1_860_000  # 15.6 T tokens
     config.checkpoint.every_steps = 500

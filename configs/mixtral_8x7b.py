@@ -9,7 +9,8 @@ was trained is not published; the schedule here is a guess.
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import default_config, sized
+from moe_jax.config import default_config
+from moe_jax.sizes import sized
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -48,7 +49,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer.final_lr = 3e-5
     config.optimizer.warmup_steps = 2000
     config.data.num_streams = 128
-    config.data.stages = ({"sequence_length": 8192, "until_tokens": None},)
+    config.data.stages = ({"sequence_length": 8192},)
     config.training.tokens_per_step = 512 * 8192
     config.training.num_steps = 500_000
     config.checkpoint.every_steps = 500

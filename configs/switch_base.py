@@ -11,7 +11,8 @@ are SwiGLU. The z-loss came later (ST-MoE, arXiv 2202.08906, section 3.3).
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import default_config, sized
+from moe_jax.config import default_config
+from moe_jax.sizes import sized
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -52,7 +53,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer.final_lr = 1e-5
     config.optimizer.warmup_steps = 10_000
     config.data.num_streams = 256
-    config.data.stages = ({"sequence_length": 512, "until_tokens": None},)
+    config.data.stages = ({"sequence_length": 512},)
     config.training.tokens_per_step = 2048 * 512
     config.training.num_steps = 550_000
     config.checkpoint.every_steps = 1000

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from moe_jax.fields import UserError
+from moe_jax.fields import UserError as UserError
 
 MESH_AXES = ("data", "fsdp", "expert_outer", "expert", "tensor", "context", "pipeline")
 DTYPES = ("float32", "bfloat16")
@@ -299,7 +299,7 @@ class TrainingConfig:
     """The run's length and its rhythm."""
 
     init_from: str | None = None  # a checkpoint of ours or a Hugging Face folder to start from
-    num_steps: int = 400  # 0: to the end of the last stage
+    num_steps: int = 400  # whatever stages say; 0: to the end of the last one
     stop_after_step: int | None = None  # end cleanly there, saved; schedules follow num_steps
     # Multiplies all ends in tokens, num_steps and warmup_steps: to try a recipe.
     recipe_scale: float = 1.0
@@ -402,64 +402,6 @@ def _to_config_dict(value: Any) -> ConfigDict:
             item = config_dict.FieldReference(item, field_type=object)
         result[field.name] = item
     return result.lock()
-
-
-def sized(config: ConfigDict, size: str) -> ConfigDict:
-    """A family's config as it is ("full"), or its options with small sizes ("tiny").
-
-    A config file gives what follows the colon in --config=configs/NAME.py:tiny. Tiny models have
-    the sizes of `default_config()` and train on 8 emulated devices.
-
-    Raises:
-      ValueError: another word than these two.
-    """
-    if size == "full":
-        return config
-    if size != "tiny":
-        raise UserError(f"the config knows no size {size!r}; full and tiny are there")
-    family: Any = config  # what its fields hold, no type says
-    small: Any = default_config()
-    model = family.model
-    routed = model.first_k_dense_replace < model.num_hidden_layers
-    model.first_k_dense_replace = min(model.first_k_dense_replace, 1) if routed else 4
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-        model[name] = small.model[name]
-    model.max_position_embeddings = small.model.max_position_embeddings
-    if model.initializer == "normal":
-        model.initializer_range = small.model.initializer_range
-    if model.rope.scaling != "none":
-        model.rope.original_max_position_embeddings = 128
-    attention = small.model.attention
-    if model.attention.q_lora_rank is None:
-        attention.q_lora_rank = None
-    with model.unlocked():
-        attention.kind, model.attention = model.attention.kind, attention
-    moe = model.moe
-    moe.num_experts = min(moe.num_experts, 16)
-    moe.num_experts_per_tok = min(moe.num_experts_per_tok, 4)
-    moe.num_expert_groups = min(moe.num_expert_groups, 4)
-    moe.num_limited_groups = min(moe.num_limited_groups, 2, moe.num_expert_groups)
-    moe.num_device_groups = min(moe.num_device_groups, 4)
-    moe.capacity_group = moe.capacity_group and 1
-    moe.intermediate_size = 64
-    moe.buffer_factor = 2.0
-    moe.exchange_parts = 1
-
-    family.mesh = small.mesh
-    family.mesh.num_cpu_devices = 8
-    family.mesh.fsdp = 2 if routed else 8
-    family.mesh.expert = 4 if routed else 1
-    data, training = family.data, family.training
-    data.num_streams = small.data.num_streams
-    data.stages = ({"sequence_length": 256},)
-    training.tokens_per_step = 4096
-    training.micro_batches = 1
-    training.num_steps = 160
-    training.eval_every_steps = family.checkpoint.every_steps = 40
-    family.optimizer.peak_lr = 4e-3
-    family.optimizer.final_lr = 2e-4
-    family.optimizer.warmup_steps = 20
-    return config
 
 
 def field_names(path: str) -> list[str]:

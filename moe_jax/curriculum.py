@@ -145,9 +145,8 @@ def resolved(config: Config) -> Config:
         begin = stage_starts(config)[-1]
         steps = _steps(config, stages[-1], tokens_after(config, begin))
         training = dataclasses.replace(training, num_steps=begin + steps)
-        stages[-1] = dataclasses.replace(stages[-1], until_tokens=None)
-        config = dataclasses.replace(_with_stages(config, stages), training=training)
-    return config
+    stages[-1] = dataclasses.replace(stages[-1], until_tokens=None)
+    return dataclasses.replace(_with_stages(config, stages), training=training)
 
 
 def _with_stages(config: Config, stages: Sequence[Stage]) -> Config:
@@ -265,11 +264,6 @@ def check_given(config: Config) -> None:
             )
     check_ends("config.data.stages", [stage.until_tokens for stage in stages])
     place, end = f"config.data.stages[{len(stages) - 1}]", stages[-1].until_tokens
-    if steps and end is not None:
-        raise UserError(
-            f"{place}.until_tokens={end} must be None, since config.training.num_steps={steps} "
-            "ends the run; or set that to 0 to end it with the last stage"
-        )
     if not steps and end is None:
         raise UserError(
             f"config.training.num_steps=0 ends the run with the last stage, so {place}."

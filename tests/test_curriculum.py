@@ -101,7 +101,7 @@ def test_a_scale_multiplies_every_end() -> None:
     assert small.training.num_steps == 8 + 24
     assert small.training.mtp_loss_weight == (Phase(1.0, 2000), Phase(0.5))
     assert (small.optimizer.warmup_steps, small.training.recipe_scale) == (2, 1.0)
-    assert resolved(_config(num_steps=5000, recipe_scale=0.01)).training.num_steps == 50
+    assert resolved(_config(Stage(8), num_steps=5000, recipe_scale=0.01)).training.num_steps == 50
 
 
 def _shapes(config: Config) -> list[tuple[int, int, int | None]]:

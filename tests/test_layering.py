@@ -11,7 +11,7 @@ PACKAGE = Path(moe_jax.__file__).parent
 # What a layer may import besides itself. Modules directly under moe_jax are the commands, save for
 # the foundation.
 FOUNDATION = {
-    *("config", "curriculum", "fields", "platform", "schedules", "sharding", "units"),
+    *("config", "curriculum", "fields", "platform", "schedules", "sharding", "sizes", "units"),
     "validation",
 }
 OPS = FOUNDATION | {"ops"}

@@ -29,7 +29,7 @@ CUT = {
     "precision.compute_dtype": "float32",
     "optimizer.warmup_steps": 2,
     "optimizer.eps": 1e-3,  # the first updates follow the gradient, not its rounding errors
-    "data.stages": ({"sequence_length": 16, "until_tokens": None},),
+    "data.stages": ({"sequence_length": 16},),
     "data.num_streams": 4,
     "training.num_steps": 5,
     "training.tokens_per_step": 256,

@@ -202,11 +202,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "config.training.micro_batches=3",
     ),
     (
-        {"data.stages": stages((128, 4096), (256, 8192))},
-        "config.data.stages[1].until_tokens=8192 must be None, since config.training.num_steps=240 "
-        "ends the run; or set that to 0 to end it with the last stage",
-    ),
-    (
         {"training.num_steps": 0},
         "config.training.num_steps=0 ends the run with the last stage, so config.data.stages[1]."
         "until_tokens=None must be a number",

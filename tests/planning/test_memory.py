@@ -16,6 +16,7 @@ from benchmarks import compile_one
 from benchmarks.rematerialization import residual_bytes
 from moe_jax import sharding, validation
 from moe_jax.config import Config, MeshConfig
+from moe_jax.curriculum import main_stage
 from moe_jax.models.block import policy_of
 from moe_jax.planning import memory
 from moe_jax.planning.case import Case
@@ -73,7 +74,7 @@ def test_layers_keep_what_jax_keeps(
 ) -> None:
     config = validation.parse(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]())
     devices = outer * inner
-    length = config.data.stages[-1].sequence_length
+    length = main_stage(config).sequence_length
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(fsdp=1, expert_outer=outer, expert=inner),
