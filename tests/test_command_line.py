@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 
 from moe_jax import command_line
 from moe_jax import main as program
-from moe_jax.config import Config, UserError
+from moe_jax.config import Config, UserError, field_names
 
 ROOT = Path(command_line.__file__).parents[1]
 TINY = "--config=configs/tiny.py"
@@ -92,7 +92,8 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         ),
         (
             [TINY, "--config.checkpoint.zzz=5"],
-            "config.checkpoint.zzz does not exist; config.checkpoint has every_steps, keep",
+            "config.checkpoint.zzz does not exist; config.checkpoint has "
+            f"{', '.join(field_names('config.checkpoint'))}",
         ),
         (
             [TINY, "--config.training.num_steps=many"],
@@ -214,11 +215,11 @@ def test_fields_from_the_command_line(
 
 
 def test_stages_from_the_command_line(start: Start) -> None:
-    stages = "({'sequence_length': 128, 'tokens': 8192}, {'sequence_length': 256})"
+    stages = "({'sequence_length': 128, 'until_tokens': 8192}, {'sequence_length': 256})"
     ((config, workdir),) = start(
         "--config", "configs/tiny.py", f"--config.data.stages={stages}", "--workdir=there"
     )
-    assert [(stage.sequence_length, stage.tokens) for stage in config.data.stages] == [
+    assert [(stage.sequence_length, stage.until_tokens) for stage in config.data.stages] == [
         (128, 8192),
         (256, None),
     ]
