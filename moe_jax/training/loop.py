@@ -89,6 +89,8 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
             last_step = min(last_step, dry[0])
             display.line(summary.dry(config, *dry))
 
+        if is_main:
+            stack.callback(remove_empty, workdir / "checkpoints", workdir)
         processes.all_or_none(lambda: check_writable(workdir))
         processes.all_or_none(lambda: stack.enter_context(locked(workdir)) if is_main else None)
         checkpoints = stack.enter_context(
@@ -242,6 +244,13 @@ def start(
     display.line(f"resuming    from step {step}")
     display.lines([f"changed     {text}" for text in changed])
     return step, document, checkpoints.restore(step, abstract_state(init, mesh))
+
+
+def remove_empty(*folders: Path) -> None:
+    """A run that was refused leaves nothing behind."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it holds something, or was never made
+            folder.rmdir()
 
 
 def abstract_state(init: Any, mesh: Mesh) -> Tree:
