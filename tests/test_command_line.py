@@ -38,7 +38,11 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def run(*arguments: str) -> Started:
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
         sys.modules.pop("config_config", None)  # it would be reloaded, with the old names in it
-        command_line.run(program.main)
+        try:
+            command_line.run(program.main)
+        except SystemExit:  # after training too, with the run's exit code
+            if not started:
+                raise
         return started
 
     with flagsaver.flagsaver():
