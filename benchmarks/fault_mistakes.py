@@ -102,7 +102,7 @@ def inputs(folder: Path) -> list[list[str]]:
         (made / name).write_bytes(content)
     (made / "folder.txt").mkdir()
     sources = [*(str(made / name) for name in contents if name != "one.txt")]
-    sources += ["/nowhere/*.txt", str(made / "*.md"), str(made / "folder.txt")]
+    sources += ["/nowhere/*.txt", str(made / "*.md"), str(made / "folder.txt"), "https://a/b.txt"]
     for name in ("a", "b"):
         (made / f"{name}.json").write_text("{}")
     weights = [made / "nothing", made / "empty", made / "broken", made / "cut"]

@@ -15,6 +15,7 @@ from moe_jax.training.step import abstract_batch, init_state, make_train_step
 @pytest.mark.parametrize("devices", [2048, 8192])
 def test_the_step_of_deepseek_v3_is_traced_without_allocating(devices: int) -> None:
     raw: Any = load(CONFIGS / "deepseek_v3.py")
+    raw.data.stages, raw.training.num_steps = ({"sequence_length": 4096},), 1000
     raw.training.tokens_per_step *= devices // 2048
     config = validation.parse(raw)
     sizes = sharding.mesh_sizes(config.mesh, devices)
