@@ -53,7 +53,7 @@ class Ngrams:
         self._glue = " " if form == "words" else ""
         numbers: dict[str, int] = {}
         self.of_item = []
-        by_length: dict[int, dict[int, None]] = {}
+        by_length: dict[int, dict[int, int]] = {}
         for item in items:
             symbols = self._pattern.findall(item.text.lower())
             if not symbols:
@@ -61,10 +61,11 @@ class Ngrams:
             n = min(self._n, len(symbols))
             grams = [self._glue.join(symbols[i : i + n]) for i in range(len(symbols) - n + 1)]
             ids = [numbers.setdefault(gram, len(numbers)) for gram in grams]
-            by_length.setdefault(n, {}).update(dict.fromkeys(ids))
+            hashes = _rolling(_hashes(symbols), n).tolist()
+            by_length.setdefault(n, {}).update(zip(hashes, ids, strict=True))
             self.of_item.append(np.unique(ids))
         self.texts = list(numbers)
-        self._tables = [(n, _Table(self._hashes_of(list(ids), n))) for n, ids in by_length.items()]
+        self._tables = [(n, _Table(of_length)) for n, of_length in by_length.items()]
 
     def find(self, text: str) -> set[int]:
         """Numbers of the n-grams that occur in a text."""
@@ -72,7 +73,7 @@ class Ngrams:
         tail: list[str] = []
         for piece in _pieces(text):
             symbols = tail + self._pattern.findall(piece.lower())
-            hashes = np.fromiter(map(hash, symbols), np.int64, len(symbols)).view(np.uint64)
+            hashes = _hashes(symbols)
             for n, table in self._tables:
                 for place, number in table.find(_rolling(hashes, n)):
                     # Equal hashes are equal n-grams, but for chance.
@@ -80,11 +81,6 @@ class Ngrams:
                         found.add(number)
             tail = symbols[max(0, len(symbols) - self._n + 1) :]
         return found
-
-    def _hashes_of(self, ids: list[int], n: int) -> dict[int, int]:
-        symbols = [symbol for i in ids for symbol in self._pattern.findall(self.texts[i])]
-        hashes = np.fromiter(map(hash, symbols), np.int64, len(symbols)).view(np.uint64)
-        return dict(zip(_rolling(hashes, n)[::n].tolist(), ids, strict=True))
 
 
 class _Table:
@@ -104,6 +100,10 @@ class _Table:
         near = np.minimum(np.searchsorted(self._hashes, hashes[places]), len(self._hashes) - 1)
         known = self._hashes[near] == hashes[places]
         yield from zip(places[known].tolist(), self._numbers[near[known]].tolist(), strict=True)
+
+
+def _hashes(symbols: list[str]) -> np.ndarray:
+    return np.fromiter(map(hash, symbols), np.int64, len(symbols)).view(np.uint64)
 
 
 def _rolling(hashes: np.ndarray, n: int) -> np.ndarray:
