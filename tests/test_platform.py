@@ -120,7 +120,7 @@ def test_devices_that_do_not_divide_are_an_error(monkeypatch: pytest.MonkeyPatch
 def test_a_slurm_step_is_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     initialized = []
     monkeypatch.setattr(platform, "choose_platform", lambda: "cpu")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: initialized.append(args))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: initialized.append(args))
     monkeypatch.setattr(jax.config, "update", lambda *args: None)
     for name, value in {
         "SLURM_JOB_ID": "7",
