@@ -12,6 +12,7 @@ import pytest
 import moe_jax
 from moe_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig
 from moe_jax.fields import to_dict
+from moe_jax.interop import manifest
 from moe_jax.interop.huggingface import one_device
 from moe_jax.interop.lazy import from_array
 from moe_jax.interop.orbax_files import write_checkpoint
@@ -46,6 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(
         path, config, jax.tree.map(lambda x: from_array(jax.numpy.asarray(x)), weights)
     )
+    manifest.write(path)  # as a run does, whose newest whole checkpoint is looked for
     return path.parent.parent
 
 
