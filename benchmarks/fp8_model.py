@@ -41,7 +41,7 @@ MODEL = {
     "model.moe.num_experts": 8,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.intermediate_size": 128,
-    "data.stages": ({"sequence_length": 128, "until_tokens": None},),
+    "data.stages": ({"sequence_length": 128},),
     "data.prefetch": 0,
     "training.tokens_per_step": 4096,
     "optimizer.final_lr": 1e-5,

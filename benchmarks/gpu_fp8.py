@@ -173,7 +173,8 @@ def layer_step(quick: bool, rates: dict[str, float]) -> dict[str, Any]:
         raw = deepseek_v3.get_config("tiny" if quick else "full")
         raw.update_from_flattened_dict(_LAYER | {"precision.recipe": recipe})
         rows = FP8_ROWS[quick]
-        raw.data.stages = ({"sequence_length": min(rows, 4096), "until_tokens": None},)
+        raw.data.stages = ({"sequence_length": min(rows, 4096)},)
+        raw.training.num_steps = 1
         raw.data.num_streams = 1
         raw.training.tokens_per_step = rows
         raw.mesh = configs.default_config().mesh
