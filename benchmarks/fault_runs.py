@@ -14,10 +14,8 @@ from moe_jax import validation
 from moe_jax.config import Config
 
 ROOT = Path(moe_jax.__path__[0]).parent
-SMALL: dict[str, Any] = {
-    "mesh.num_cpu_devices": 2,
-    "mesh.fsdp": 1,
-    "mesh.expert": 2,
+# The smallest with latent attention and routed experts.
+MODEL: dict[str, Any] = {
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
     "model.first_k_dense_replace": 0,
@@ -30,6 +28,12 @@ SMALL: dict[str, Any] = {
     "model.moe.num_experts": 8,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.intermediate_size": 8,
+}
+SMALL: dict[str, Any] = {
+    "mesh.num_cpu_devices": 2,
+    "mesh.fsdp": 1,
+    "mesh.expert": 2,
+    **MODEL,
     "precision.compute_dtype": "float32",
     "optimizer.warmup_steps": 2,
     "data.stages": ({"sequence_length": 16},),

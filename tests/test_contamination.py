@@ -1,26 +1,17 @@
 """The command that looks for a benchmark in a corpus finds all that was planted."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_command import run
 
-ROOT = Path(__file__).parents[1]
 NOUNS = [f"{a}{b}" for a in ("ap", "pe", "ki", "lo", "mu", "ra") for b in ("ple", "ar", "wi", "ss")]
 
 
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_jax.contamination", *arguments],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+_run = functools.partial(run, "contamination")
 
 
 @pytest.mark.parametrize("kind", ["words:13", "characters:50"])

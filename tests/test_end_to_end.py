@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import moe_jax
+from benchmarks.fault_runs import MODEL
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
 from moe_jax.curriculum import at_stage
@@ -29,18 +30,7 @@ from moe_jax.training.step import batch_shape, init_state, make_train_step
 
 ROOT = Path(moe_jax.__path__[0]).parent
 CUT = {
-    "model.hidden_size": 16,
-    "model.num_hidden_layers": 2,
-    "model.first_k_dense_replace": 0,
-    "model.attention.num_heads": 2,
-    "model.attention.q_lora_rank": 8,
-    "model.attention.kv_lora_rank": 8,
-    "model.attention.qk_nope_head_dim": 4,
-    "model.attention.qk_rope_head_dim": 4,
-    "model.attention.v_head_dim": 4,
-    "model.moe.num_experts": 8,
-    "model.moe.num_experts_per_tok": 2,
-    "model.moe.intermediate_size": 8,
+    **MODEL,
     "precision.compute_dtype": "float32",
     "optimizer.warmup_steps": 2,
     "optimizer.peak_lr": 0.02,

@@ -1,29 +1,18 @@
 """The command that trains tokenizers and makes folders of tokens."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_command import run
 
 from moe_jax.config import DataConfig
 from moe_jax.data.sources import open_corpus
 from moe_jax.data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-
-
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_jax.tokenize", *arguments],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+_run = functools.partial(run, "tokenize")
 
 
 def test_a_tokenizer_is_trained_and_a_folder_made_that_trains(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.documents import Document, Invalid
-from moe_jax.data.formats import RECORDS, Place, format_of
+from moe_jax.data.formats import RECORDS, Place, at_random, format_of
 from moe_jax.data.tokenizer import ByteTokenizer, encode_documents
 from moe_jax.fields import UserError
 
@@ -172,6 +172,7 @@ class Files:
         """
         file, *place, _, checksum = (int(value) for value in self._index[i])
         path, form = self._files[file].path, format_of(self._files[file].path)
+        assert at_random(form), path
         try:
             raw = form.read(path, Place(*place), self._config)
             document = form.parse(raw, self._config, self.name(i))

@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Format(Protocol):
-    """`random_access`: whether `read` is there."""
+    """`random_access`: whether it is an `AtRandom`."""
 
     random_access: bool
 
@@ -43,9 +43,18 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, path: Path, place: Place, config: DataConfig) -> Any: ...
-
     def parse(self, raw: Any, config: DataConfig, place: str) -> Document: ...
+
+
+class AtRandom(Format, Protocol):
+    def read(self, path: Path, place: Place, config: DataConfig) -> Any:
+        """The record at a place that the scan gave, for `parse`."""
+        ...
+
+
+def at_random(form: Format) -> TypeGuard[AtRandom]:
+    """Whether records can be read by their place."""
+    return form.random_access
 
 
 class Text:
@@ -116,9 +125,6 @@ class Parquet:
             raise _broken(error, name, "Parquet", number) from None
         if not number:
             raise Invalid("empty file", f"{name} has no rows")
-
-    def read(self, path: Path, place: Place, config: DataConfig) -> Any:
-        raise NotImplementedError
 
     def parse(self, raw: Any, config: DataConfig, place: str) -> Document:
         return from_record(raw, config, place)

@@ -13,7 +13,7 @@ from moe_jax.config import DataConfig
 from moe_jax.data.corpus import Corpus
 from moe_jax.data.files import Files, Screen, list_files
 from moe_jax.data.fill_in_middle import FillInMiddle
-from moe_jax.data.formats import format_of
+from moe_jax.data.formats import at_random, format_of
 from moe_jax.data.ngrams import open_screen
 from moe_jax.data.token_folder import TokenFolder, is_token_folder
 from moe_jax.data.tokenization import cached
@@ -107,8 +107,8 @@ def _open_source(
             config = dataclasses.replace(config, skip_invalid=True)
         files, tokenizer = list_files(source), load_tokenizer(config.tokenizer)
         _check_vocabulary(config, tokenizer, vocab_size)
-        at_random = all(format_of(file.path).random_access for file in files)
-        if at_random and config.tokenizer == "bytes":
+        all_at_random = all(at_random(format_of(file.path)) for file in files)
+        if all_at_random and config.tokenizer == "bytes":
             corpus = Files(files, config, screen)
         else:
             corpus = TokenFolder(cached(files, config, tokenizer, screen))
