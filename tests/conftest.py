@@ -15,5 +15,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402  JAX reads the environment when it is imported
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Linux lets a process have 65,530 mappings. A train step compiled for eight CPU devices takes some
+# 2,500 of them, and at the limit XLA ends in a segmentation fault.
+_MAPPINGS = Path("/proc/self/maps")
+_MANY_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Compiled programs are let go before there are too many; those on disk come back quickly."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()

@@ -147,6 +147,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                     # The next that is another is compiled while this one trains.
                     following = [stage_at(config, s) for s in starts if step <= s < last_step]
                     any(steps.start(each) for each in following)
+                    steps.keep([stage, *following])
                     clock.start(tokens_after(config, step - 1))
                 with clock.waiting():
                     batch = next(batches)

@@ -3,7 +3,7 @@
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,9 +73,17 @@ class CompiledSteps:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._found: dict[Any, concurrent.futures.Future[CompiledStep]] = {}
 
+    def _key(self, stage: Stage) -> Any:
+        return batch_shape(self._config, stage), stage.rope_factor
+
+    def keep(self, stages: Iterable[Stage]) -> None:
+        """Lets go of the memory that all other stages' steps take, on the host and on devices."""
+        keys = {self._key(stage) for stage in stages}
+        self._found = {key: step for key, step in self._found.items() if key in keys}
+
     def start(self, stage: Stage) -> bool:
         """Whether this stage's step is a new one; then it will be compiled as soon as can be."""
-        key = batch_shape(self._config, stage), stage.rope_factor
+        key = self._key(stage)
         if key in self._found:
             return False
         self._found[key] = self._pool.submit(self._compile, stage)
@@ -84,7 +92,7 @@ class CompiledSteps:
     def wait(self, stage: Stage) -> "CompiledStep":
         """The step of a stage, once it is compiled."""
         self.start(stage)
-        return self._found[batch_shape(self._config, stage), stage.rope_factor].result()
+        return self._found[self._key(stage)].result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
