@@ -23,4 +23,5 @@ def test_a_step_is_compiled_once_for_its_shape_until_it_is_let_go(monkeypatch):
         steps.keep([second])
         assert not steps.start(second)
         assert steps.start(first)
+        steps.wait(first)
     assert compiled == [first, second, first]
