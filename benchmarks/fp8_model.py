@@ -17,8 +17,9 @@ import numpy as np
 from configs import tiny
 from moe_jax import platform, sharding, validation
 from moe_jax.config import Config
-from moe_jax.data.corpus import open_corpus, split_holdout
+from moe_jax.data.corpus import split_holdout
 from moe_jax.data.loader import train_batches
+from moe_jax.data.sources import open_corpus
 from moe_jax.schedules import scheduled
 from moe_jax.training.evaluation import Evaluation
 from moe_jax.training.step import Tree, init_state, make_train_step
@@ -76,7 +77,7 @@ class Bench:
         self.mesh = sharding.make_mesh(config.mesh)
         self._share = sharding.process_share(self.mesh)
         self._corpus = open_corpus(config.data)
-        self._spans, self._held_out = split_holdout(self._corpus, config.data.holdout_every)
+        self._spans, self._held_out = split_holdout(self._corpus.parts, config.data.holdout_every)
         self._steps = functools.cache(self._compiled)
         self._evaluations = functools.cache(self._evaluation)
 
