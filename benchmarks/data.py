@@ -62,7 +62,7 @@ def of_source(source: str, length: int, bins: int) -> None:
     far = json.loads(json.dumps(state))
     far["step"] = 1_000_000
     (stream,) = far["streams"].values()
-    drawn = stream["parent"]["drawn"]
+    drawn = stream["draws"]
     drawn["spans"] = [count + 8 * 10**6 for count in drawn["spans"]]
     for name, each in (("here", state), ("at step 1,000,000", far)):
         with contextlib.closing(batches(config)) as iterator:
@@ -78,7 +78,9 @@ def of_zipf(documents: int, length: int, bins: int) -> None:
     spans = [Span(i, 0, int(n) + 1) for i, n in enumerate(lengths)]
     begin, used, rows = time.perf_counter(), 0, 0
     corpus: Any = Lengths(lengths)
-    for row in pack_once(corpus, spans, length=length, bins=bins, mask_documents=True):
+    for row in pack_once(
+        corpus, spans, length=length, packing="best_fit", bins=bins, mask_documents=True
+    ):
         used += np.count_nonzero(row["segment_ids"])
         rows += 1
     seconds = time.perf_counter() - begin

@@ -233,6 +233,7 @@ class Stage:
     # None: as many as keep a micro-batch from growing beyond that of training.
     micro_batches: int | None = None
     mask_documents: bool | None = None  # None: as data has it
+    weights: tuple[float, ...] | None = None  # of the sources, summing to 1; None: their own
     rope_factor: float | None = None  # YaRN's, with the other fields of model.rope; None: as there
     learning_rate_factor: float = 1.0
     from_sequence_length: int | None = None
@@ -284,7 +285,10 @@ class DataConfig:
     cache: str = "~/.cache/moe_jax/tokens"
     holdout_every: int = 32  # every n-th document is held out for evaluation
     num_streams: int = 8  # independent packers; divides the rows of every stage
-    packing_bins: int = 32  # rows that one packer fills at a time
+    # How documents become rows. "best_fit": each where it leaves least room, cut if longer than a
+    # row; "concatenate": one after the other, cut where rows end; "none": a row each, padded.
+    packing: str = "best_fit"
+    packing_bins: int = 32  # rows that best fit fills at a time
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
     prefetch: int = 2  # batches made ahead
     stages: tuple[Stage, ...] = (Stage(),)

@@ -41,6 +41,11 @@ def masks_documents(config: Config, stage: Stage) -> bool:
     return config.data.mask_documents if stage.mask_documents is None else stage.mask_documents
 
 
+def source_weights(config: Config, stage: Stage) -> tuple[float, ...]:
+    """The share of the tokens of each source in this stage."""
+    return stage.weights or tuple(source.weight for source in config.data.sources)
+
+
 def at_stage(config: Config, stage: Stage) -> Config:
     """The config with the rotary scaling of this stage: what is compiled, and what is saved."""
     if stage.rope_factor is None:
@@ -73,13 +78,24 @@ def stage_at(config: Config, step: int) -> Stage:
 
 def tokens_after(config: Config, steps: int) -> int:
     """Tokens seen after so many steps, padding counted."""
-    ends = [*stage_starts(config)[1:], steps]
-    total = start = 0
-    for stage, end in zip(config.data.stages, ends, strict=True):
-        end = max(start, min(end, steps))
-        total += (end - start) * tokens_per_step(config, stage)
-        start = end
-    return total
+    return sum(_tokens_by_stage(config, steps))
+
+
+def drawn_after(config: Config, steps: int, source: int) -> float:
+    """How many of those tokens are of a source, by its weights."""
+    tokens = _tokens_by_stage(config, steps)
+    return sum(
+        of_stage * source_weights(config, stage)[source]
+        for of_stage, stage in zip(tokens, config.data.stages, strict=True)
+    )
+
+
+def _tokens_by_stage(config: Config, steps: int) -> list[int]:
+    borders = [min(border, steps) for border in (*stage_starts(config), steps)]
+    return [
+        (end - start) * tokens_per_step(config, stage)
+        for stage, (start, end) in zip(config.data.stages, itertools.pairwise(borders), strict=True)
+    ]
 
 
 def steps_until_dry(config: Config, tokens: Sequence[int]) -> tuple[int, int] | None:
@@ -88,17 +104,17 @@ def steps_until_dry(config: Config, tokens: Sequence[int]) -> tuple[int, int] | 
     Args:
       tokens: of one epoch of each source.
     """
-    limits = [
-        (of_source * source.epochs / source.weight, i)
-        for i, (source, of_source) in enumerate(zip(config.data.sources, tokens, strict=True))
-        if source.epochs is not None
-    ]
-    if not limits:
-        return None
-    limit, source = min(limits)
     steps = range(config.training.num_steps + 1)
-    last = bisect.bisect_right(steps, limit, key=lambda step: tokens_after(config, step)) - 1
-    return (last, source) if last < config.training.num_steps else None
+    limits = [
+        (bisect.bisect_right(steps, most, key=lambda step: drawn_after(config, step, i)) - 1, i)
+        for i, most in enumerate(
+            source.epochs and source.epochs * of_source
+            for source, of_source in zip(config.data.sources, tokens, strict=True)
+        )
+        if most is not None
+    ]
+    last, source = min(limits, default=(steps[-1], 0))
+    return (last, source) if last < steps[-1] else None
 
 
 def main_stage(config: Config) -> Stage:
@@ -228,6 +244,21 @@ def check_ends(place: str, ends: Sequence[int | None]) -> None:
             before = end
 
 
+def check_weights(place: str, weights: Sequence[float] | None, sources: int) -> None:
+    """Refuses shares of the sources that are too many or too few, or no shares."""
+    if weights is None:
+        return
+    if len(weights) != sources:
+        raise UserError(
+            f"{place}={weights} must be {sources}, one for each source of config.data.source"
+        )
+    if min(weights) < 0:
+        raise UserError(f"{place}={weights} must be at least 0")
+    if abs(sum(weights) - 1) >= 1e-6:
+        text = f"{' + '.join(map(str, weights))} = {sum(weights):.6g}"
+        raise UserError(f"{place}, {text}, must sum to 1")
+
+
 def check_given(config: Config) -> None:
     """What a config file says of stages, before it is resolved.
 
@@ -245,6 +276,7 @@ def check_given(config: Config) -> None:
             value = getattr(stage, name)
             if value is not None and value < bound:
                 raise UserError(f"{place}.{name}={value} must be at least {bound}")
+        check_weights(f"{place}.weights", stage.weights, len(config.data.sources))
         if stage.ramp not in ("linear", "sqrt"):
             raise UserError(f"{place}.ramp={stage.ramp!r} must be one of linear, sqrt")
         if is_ramp(stage) and stage.until_tokens is None:

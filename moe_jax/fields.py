@@ -49,7 +49,8 @@ def _tuple(kind: Any, value: Any, place: str) -> tuple[Any, ...]:
     item = typing.get_args(kind)[0]
     if not isinstance(value, tuple | list) or not value:
         raise UserError(f"{place} must be a tuple of {item.__name__.lower()}s, not {value!r}")
-    return tuple(build(item, v, f"{place}[{i}]") for i, v in enumerate(value))
+    one: Any = build if dataclasses.is_dataclass(item) else _one_of
+    return tuple(one(item, v, f"{place}[{i}]") for i, v in enumerate(value))
 
 
 def _one_of(kind: Any, value: Any, place: str) -> Any:

@@ -232,6 +232,7 @@ def _check_moe(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     _at_least(config, 1, "data.num_streams", "data.packing_bins")
+    _one_of(config, "data.packing", "best_fit", "concatenate", "none")
     _at_least(config, 0, "data.holdout_every", "data.prefetch")
     _check_sources(config.data)
     _one_of(config, "data.records", "text", "chats", "pairs")
@@ -270,11 +271,7 @@ def _check_sources(data: DataConfig) -> None:
                 f"config.data.source[{i}].{name}={value} must be above 0",
             )
     weights = [source.weight for source in data.sources]
-    _require(
-        abs(sum(weights) - 1) < 1e-6,
-        f"the weights of config.data.source, {' + '.join(map(str, weights))} = {sum(weights):.6g}, "
-        "must sum to 1",
-    )
+    curriculum.check_weights("the weights of config.data.source", weights, len(weights))
 
 
 def check_records(data: DataConfig) -> None:

@@ -227,6 +227,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             ({"ramp_shapes": 1}, "ramp_shapes=1 must be at least 2"),
             ({"ramp": "cubic"}, "ramp='cubic' must be one of linear, sqrt"),
             (
+                {"weights": (0.5, 0.5)},
+                "weights=(0.5, 0.5) must be 1, one for each source of config.data.source",
+            ),
+            ({"weights": (-1,)}, "weights=(-1.0,) must be at least 0"),
+            ({"weights": (0.7,)}, "weights, 0.7 = 0.7, must sum to 1"),
+            ({"weights": ()}, "weights must be a tuple of floats, not ()"),
+            ({"weights": ("a",)}, "weights[0] must be of type float, not 'a'"),
+            (
                 {"from_sequence_length": 128, "until_tokens": None},
                 "until_tokens=None must be a number: a ramp has an end",
             ),

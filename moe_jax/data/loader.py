@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.curriculum import masks_documents, micro_batches, num_rows, stage_at
+from moe_jax.curriculum import masks_documents, micro_batches, num_rows, source_weights, stage_at
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.data.packing import Row, State, Stream, pack_once
 
@@ -44,10 +44,11 @@ class _BatchIterator(grain.DatasetIterator):
             index: Stream(
                 self._corpus,
                 self._groups,
-                [source.weight for source in data.sources],
+                source_weights(self._config, self._stage),
                 index=index,
                 num_streams=data.num_streams,
                 seed=self._config.seed,
+                packing=data.packing,
                 bins=data.packing_bins,
                 length=self._stage.sequence_length,
                 state=states.get(str(index)),
@@ -58,9 +59,8 @@ class _BatchIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         config = self._config
         stage = stage_at(config, self._step)
-        if stage.sequence_length != self._stage.sequence_length:
-            for stream in self._streams.values():
-                stream.set_length(stage.sequence_length)
+        for stream in self._streams.values():
+            stream.set_stage(stage.sequence_length, source_weights(config, stage))
         self._stage = stage
         total = num_rows(config, stage)
         per_stream = total // config.data.num_streams
@@ -143,6 +143,7 @@ def eval_batches(
         corpus,
         spans,
         length=length,
+        packing=config.data.packing,
         bins=config.data.packing_bins,
         mask_documents=config.data.mask_documents,
     )

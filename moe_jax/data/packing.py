@@ -1,117 +1,100 @@
 """Packs documents into rows of a fixed length, as an endless stream that can be stopped anywhere.
 
-Grain's best-fit packer fills a group of rows at a time. Its length is fixed and its state points
-to the start of the open group, so what is ours is the cutting of long documents, and the border
-between two lengths: what was drawn for the open group and not handed out goes back to the front.
+Rows are planned from lengths alone, a group at a time; a document is read when the first row with a
+piece of it comes out. So a place in the stream is the start of the open group and a count of its
+rows, and going on from there costs no more than planning the group again.
 """
 
-import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from moe_jax.data.corpus import Corpus, Span
-from moe_jax.data.mixture import Draws, InOrder
+from moe_jax.data.mixture import Draws
 
 Row = dict[str, np.ndarray]
 State = dict[str, Any]
 
 
-class SpanReader:
-    """Tokens of spans; remembers the last document, since its pieces come one after the other."""
+def plan(draws: Draws, length: int, packing: str, bins: int) -> tuple[list[Span], list[list[int]]]:
+    """The next group of rows: pieces as they are drawn, and which of them each row has.
 
-    def __init__(self, corpus: Corpus):
-        self._corpus = corpus
-        self._document: int | None = None
-        self._tokens, self._weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
-
-    def read(self, span: Span) -> Row:
-        """`tokens`, `targets` [length] int32, the latter's `weights` float32; `span` [3] int64."""
-        if span.document != self._document:
-            self._tokens, self._weights = self._corpus.tokens(span.document)
-            self._document = span.document
-        inputs, targets = slice(span.start, span.stop), slice(span.start + 1, span.stop + 1)
-        return {
-            "tokens": self._tokens[inputs],
-            "targets": self._tokens[targets],
-            "weights": self._weights[targets],
-            "span": np.array(span, np.int64),
-        }
-
-
-class _PieceIterator(grain.DatasetIterator):
-    """Spans cut to pieces of at most `length`: first those put back, then what `draws` brings. The
-    state is {"front": spans not yet cut, "drawn": the state of the draws}."""
-
-    def __init__(self, draws: Draws | InOrder, reader: SpanReader, length: int):
-        super().__init__()
-        self._draws, self._reader, self._length = draws, reader, length
-        self._front: list[Span] = []
-
-    def next_span(self) -> Span:
-        if not self._front:
-            self._front = [next(self._draws)]
-        document, start, stop = self._front[0]
-        cut = min(start + self._length, stop)
-        self._front[:1] = [Span(document, cut, stop)] if cut < stop else []
-        return Span(document, start, cut)
-
-    def __next__(self) -> Row:
-        return self._reader.read(self.next_span())
-
-    def get_state(self) -> State:
-        drawn = {name: list(values) for name, values in self._draws.state.items()}
-        return {"front": [list(span) for span in self._front], "drawn": drawn}
-
-    def set_state(self, state: State) -> None:
-        self._front = [Span(*span) for span in state["front"]]
-        self._draws.state = {name: list(values) for name, values in state["drawn"].items()}
+    "best_fit" cuts what is longer than a row, and puts each piece where it leaves least room, until
+    none of `bins` rows has room for the next. "concatenate" fills a row to its end with what comes,
+    and cuts there. "none" has a row for each piece. No rows: all is drawn.
+    """
+    pieces: list[Span] = []
+    if packing == "best_fit":
+        rows: list[list[int]] = [[] for _ in range(bins)]
+        room = [(length, row) for row in range(bins)]  # sorted
+        while piece := draws.take(length):
+            size = piece.stop - piece.start
+            best = bisect.bisect_left(room, (size, 0))
+            if best == bins:
+                draws.put_back([piece])
+                break
+            left, row = room.pop(best)
+            rows[row].append(len(pieces))
+            bisect.insort(room, (left - size, row))
+            pieces.append(piece)
+        return pieces, [row for row in rows if row]
+    left = length
+    while left and (piece := draws.take(left)):
+        left = 0 if packing == "none" else left - (piece.stop - piece.start)
+        pieces.append(piece)
+    return pieces, [list(range(len(pieces)))] if pieces else []
 
 
-class _Pieces(grain.IterDataset):
-    def __init__(self, draws: Callable[[], Draws | InOrder], reader: SpanReader, length: int):
-        super().__init__()
-        self._draws, self._reader, self._length = draws, reader, length
+class _Texts:
+    """Tokens and weights of a group's pieces; a document is read once, and only they are kept."""
 
-    def __iter__(self) -> _PieceIterator:
-        return _PieceIterator(self._draws(), self._reader, self._length)
+    def __init__(self, corpus: Corpus, pieces: Sequence[Span]):
+        self._corpus, self._pieces = corpus, pieces
+        self._read: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._of_document: defaultdict[int, list[int]] = defaultdict(list)
+        for i, piece in enumerate(pieces):
+            self._of_document[piece.document].append(i)
+
+    def take(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of piece i [size + 1], the target of its last prediction included; once."""
+        if i not in self._read:
+            document = self._pieces[i].document
+            tokens, weights = self._corpus.tokens(document)
+            for j in self._of_document.pop(document):
+                part = slice(self._pieces[j].start, self._pieces[j].stop + 1)
+                # Copies: a part would keep the whole document.
+                self._read[j] = tokens[part].copy(), weights[part].copy()
+        return self._read.pop(i)
 
 
-def _rows(pieces: _Pieces, length: int, bins: int, shuffle: bool):
-    return iter(
-        grain.experimental.BestFitPackIterDataset(
-            pieces,
-            length_struct={"tokens": length, "targets": length, "weights": length},
-            num_packing_bins=bins,
-            shuffle_bins=shuffle,
-            meta_features=["span"],
-        )
-    )
-
-
-def _finish(packed: dict[str, Any], mask_documents: bool) -> Row:
-    """A packer's row in the form that the model takes: five arrays [length]."""
-    segment_ids = packed["tokens_segment_ids"].astype(np.int32)
-    positions = packed["tokens_positions"].astype(np.int32)
-    if not mask_documents:
-        # The row is one text: attention crosses documents, so positions must not restart.
-        segment_ids = (segment_ids > 0).astype(np.int32)
-        positions = np.arange(len(positions), dtype=np.int32)
-    return {
-        "tokens": packed["tokens"].astype(np.int32),
-        "targets": packed["targets"].astype(np.int32),
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "loss_weights": packed["weights"].astype(np.float32),
+def _row(texts: Sequence[tuple[np.ndarray, np.ndarray]], length: int, mask_documents: bool) -> Row:
+    """Pieces side by side in the form that the model takes: five arrays [length]."""
+    sizes = [len(tokens) - 1 for tokens, _ in texts]
+    starts, used = np.cumsum([0, *sizes[:-1]]), sum(sizes)
+    row: Row = {
+        **{name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids")},
+        "positions": np.arange(length, dtype=np.int32),
+        "loss_weights": np.zeros(length, np.float32),
     }
+    np.concatenate([tokens[:-1] for tokens, _ in texts], out=row["tokens"][:used])
+    np.concatenate([tokens[1:] for tokens, _ in texts], out=row["targets"][:used])
+    np.concatenate([weights[1:] for _, weights in texts], out=row["loss_weights"][:used])
+    if mask_documents:
+        row["segment_ids"][:used] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+        row["positions"][:used] -= np.repeat(starts, sizes)
+        row["positions"][used:] = 0
+    else:
+        # The row is one text: attention crosses documents, so positions must not restart.
+        row["segment_ids"][:used] = 1
+    return row
 
 
 def tokens_drawn(states: Iterable[State]) -> list[int]:
-    """Of each source, by all streams in these states together."""
-    of_streams = [state["parent"]["drawn"]["tokens"] for state in states]
+    """Of each source, in the rows that all streams in these states have brought."""
+    of_streams = [state["tokens"] for state in states]
     return [sum(of_source) for of_source in zip(*of_streams, strict=True)]
 
 
@@ -120,12 +103,12 @@ class Stream:
 
     A row is a dict of arrays [length]: `tokens` and `targets` int32 (the next token of the same
     document), `segment_ids` int32 (from 1 on; 0 is padding), `positions` int32, `loss_weights`
-    float32 (of targets; 0 on padding). Every prediction that is drawn comes out once. The rows that
-    the packer fills at a time come out in a shuffled order, and with them the pieces of a document.
+    float32 (of targets; 0 on padding). Every prediction that is drawn comes out once. The rows of
+    a group come out in a shuffled order, and with them the pieces of a document.
 
     Args:
       groups, weights: what the streams share out, see `Draws`.
-      bins: rows that the packer fills at a time.
+      packing, bins: see `plan`.
       length: of a row, in tokens.
       state: of `get_state`, to go on from there.
     """
@@ -139,79 +122,84 @@ class Stream:
         index: int,
         num_streams: int,
         seed: int,
+        packing: str,
         bins: int,
         length: int,
         state: State | None = None,
     ):
-        self._reader = SpanReader(corpus)
-        self._draws = functools.partial(
-            Draws, groups, weights, index=index, num_streams=num_streams, seed=seed
-        )
-        self._bins, self._length = bins, length
-        self._packer = self._open(state)
-
-    def _pieces(self) -> _Pieces:
-        return _Pieces(self._draws, self._reader, self._length)
-
-    def _open(self, state: State | None):
-        packer = _rows(self._pieces(), self._length, self._bins, shuffle=True)
+        self._corpus, self._packing, self._bins, self._length = corpus, packing, bins, length
+        self._draws = Draws(groups, weights, index=index, num_streams=num_streams, seed=seed)
+        # Rows of the groups before, the draws' state then, rows of this group, tokens of all.
+        self._before, self._start, self._taken = 0, self._draws.state, 0
+        self._tokens = [0] * len(groups)
+        self._rows: list[list[int]] = []
         if state is not None:
-            packer.set_state(state)
-        return packer
+            self._draws.state = self._start = state["draws"]
+            self._before, self._tokens = state["rows"], list(state["tokens"])
+            if state["taken"]:
+                self._open()
+                self._taken = state["taken"]
+
+    def _open(self) -> None:
+        self._start = self._draws.state
+        self._pieces, rows = plan(self._draws, self._length, self._packing, self._bins)
+        self._rows = [
+            rows[i] for i in np.random.default_rng(self._before).permuted(range(len(rows)))
+        ]
+        self._texts = _Texts(self._corpus, self._pieces)
 
     def next_row(self, mask_documents: bool = True) -> Row:
         """One more row, its documents segments of their own or, without masks, one text."""
-        return _finish(next(self._packer), mask_documents)
+        if not self._rows:
+            self._open()
+        pieces = self._rows[self._taken]
+        for piece in (self._pieces[i] for i in pieces):
+            self._tokens[self._draws.source(piece)] += piece.stop - piece.start
+        self._taken += 1
+        row = _row([self._texts.take(i) for i in pieces], self._length, mask_documents)
+        if self._taken == len(self._rows):
+            self._close()
+        return row
+
+    def _close(self) -> None:
+        """The next row is of another group."""
+        self._before += self._taken
+        self._rows, self._taken, self._start = [], 0, self._draws.state
 
     def get_state(self) -> State:
         """A small JSON-able document."""
-        return self._packer.get_state()
+        return {
+            "draws": self._start,
+            "rows": self._before,
+            "taken": self._taken,
+            "tokens": list(self._tokens),
+        }
 
-    def set_length(self, length: int) -> None:
-        """Goes on with rows of another length; what no row has brought yet comes first."""
-        state = self.get_state()
-        group, taken, counter = state["parent"], state["next_row"], state["counter"]
-        repacked = self._open({"parent": group, "next_row": 0, "counter": counter - taken})
-        # A small corpus comes round within one group, and brings the same span again.
-        used = Counter(Span(*span) for _ in range(taken) for span in next(repacked)["span"])
-
-        pieces = iter(self._pieces())
-        pieces.set_state(group)
-        unused: list[Span] = []
-        while used.total():
-            span = pieces.next_span()
-            if used[span]:
-                used[span] -= 1
-            else:
-                unused.append(span)
-        rest = pieces.get_state()
-        front = _merge([*unused, *(Span(*span) for span in rest["front"])])
-        self._length = length
-        self._packer = self._open(
-            {
-                "parent": {**rest, "front": [list(span) for span in front]},
-                "next_row": 0,
-                "counter": counter,
-            }
-        )
-
-
-def _merge(spans: Sequence[Span]) -> list[Span]:
-    """Neighbouring parts of one document as one span again."""
-    merged: list[Span] = []
-    for span in spans:
-        if merged and merged[-1].document == span.document and merged[-1].stop == span.start:
-            merged[-1] = merged[-1]._replace(stop=span.stop)
-        else:
-            merged.append(span)
-    return merged
+    def set_stage(self, length: int, weights: Sequence[float]) -> None:
+        """Goes on with other rows; what none of those before has brought is put back."""
+        if (length, weights) == (self._length, self._draws.weights):
+            return
+        unused = sorted(i for row in self._rows[self._taken :] for i in row)
+        self._draws.put_back(self._pieces[i] for i in unused)
+        self._close()
+        self._length, self._draws.weights = length, weights
 
 
 def pack_once(
-    corpus: Corpus, spans: Sequence[Span], *, length: int, bins: int, mask_documents: bool
+    corpus: Corpus,
+    spans: Sequence[Span],
+    *,
+    length: int,
+    packing: str,
+    bins: int,
+    mask_documents: bool,
 ) -> Iterator[Row]:
     """Rows of all spans, in order, once."""
-    reader = SpanReader(corpus)
-    pieces = _Pieces(lambda: InOrder(spans), reader, length)
-    for packed in _rows(pieces, length, bins, shuffle=False):
-        yield _finish(packed, mask_documents)
+    draws = Draws([spans], [1.0])
+    while True:
+        pieces, rows = plan(draws, length, packing, bins)
+        if not rows:
+            return
+        texts = _Texts(corpus, pieces)
+        for row in rows:
+            yield _row([texts.take(i) for i in row], length, mask_documents)

@@ -7,7 +7,7 @@ from moe_jax.config import WEIGHTLESS, Config, UserError
 from moe_jax.fields import differing, to_dict
 from moe_jax.training import processes
 
-FORMAT = 3
+FORMAT = 4
 # The batches, the model and the state's names depend on these; anything else may change.
 FIXED = ("config.model", "config.data", "config.seed", "config.training.tokens_per_step")
 # Of those, what changes nothing. The corpus itself is compared by its fingerprint.

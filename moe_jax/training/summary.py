@@ -7,7 +7,7 @@ import jax
 
 from moe_jax import sharding
 from moe_jax.config import Config
-from moe_jax.curriculum import tokens_after
+from moe_jax.curriculum import drawn_after, tokens_after
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.ops import fp8_native
 from moe_jax.ops.fp8_recipes import RECIPES
@@ -82,11 +82,12 @@ def data(config: Config, corpus: Corpus, groups: Sequence[Sequence[Span]]) -> li
         epochs = f", {wanted / tokens:.2f} epochs"
     else:
         epochs = ""
-        for source, of_source in zip(sources, groups, strict=True):
+        for i, (source, of_source) in enumerate(zip(sources, groups, strict=True)):
             size = sum(span.stop - span.start for span in of_source)
+            drawn = drawn_after(config, training.num_steps, i)
             lines.append(
-                f"            {source.weight:.1%} {source.path}: {format_count(size)} tokens, "
-                f"{wanted * source.weight / size:.2f} epochs"
+                f"            {drawn / wanted:.1%} {source.path}: {format_count(size)} tokens, "
+                f"{drawn / size:.2f} epochs"
             )
     return [
         *lines,

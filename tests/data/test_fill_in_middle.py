@@ -96,7 +96,9 @@ def test_bytes_have_ids_for_it_and_packing_brings_every_prediction(tmp_path: Any
     assert plain.lengths.sum() < corpus.lengths.sum() <= plain.lengths.sum() + 150
     assert corpus.fingerprint == plain.fingerprint and corpus.name(3) == plain.name(3)
     (spans,), _ = split_holdout(corpus.parts, 0)
-    rows = list(pack_once(corpus, spans, length=40, bins=4, mask_documents=True))
+    rows = list(
+        pack_once(corpus, spans, length=40, packing="best_fit", bins=4, mask_documents=True)
+    )
     assert sum(row["loss_weights"].sum() for row in rows) == corpus.lengths.sum() + 50
     tokens = np.concatenate([row["tokens"] for row in rows])
     counts = [(tokens == token).sum() for token in (257, 258, 259)]

@@ -155,9 +155,14 @@ MANY = (
 )
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_batches_go_on_from_inside_every_stage_and_from_its_border(prefetch: int) -> None:
-    config = _config(stages=MANY, prefetch=prefetch)
+@pytest.mark.parametrize(
+    ("prefetch", "packing"),
+    [(0, "best_fit"), (2, "best_fit"), (2, "concatenate"), (0, "none")],
+)
+def test_batches_go_on_from_inside_every_stage_and_from_its_border(
+    prefetch: int, packing: str
+) -> None:
+    config = _config(stages=MANY, prefetch=prefetch, packing=packing)
     whole, last = _batches(config, 9)
     assert [batch["tokens"].shape for batch in whole] == [
         *(2 * [(1, 24, 16)]),
@@ -193,7 +198,9 @@ def test_evaluation_covers_the_held_out_spans_once_and_is_always_the_same() -> N
     _assert_equal(batches, eval_batches(config, CORPUS, HELD_OUT, 16, 7, WHOLE))
     assert {batch["tokens"].shape for batch in batches} == {(1, 7, 16)}
 
-    packed = list(pack_once(CORPUS, HELD_OUT, length=16, bins=BINS, mask_documents=True))
+    packed = list(
+        pack_once(CORPUS, HELD_OUT, length=16, packing="best_fit", bins=BINS, mask_documents=True)
+    )
     assert len(packed) % 7, "the last batch is not full"
     for name in packed[0]:
         rows = np.concatenate([batch[name][0] for batch in batches])

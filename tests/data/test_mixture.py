@@ -21,8 +21,16 @@ def _groups(lengths: list[list[int]]) -> list[list[Span]]:
     ]
 
 
-def _take(draws: Draws, count: int) -> list[Span]:
-    return [next(draws) for _ in range(count)]
+def _draws(
+    groups: list[list[Span]], weights: list[float], index: int, num_streams: int, seed: int = 0
+) -> Draws:
+    return Draws(groups, weights, index=index, num_streams=num_streams, seed=seed)
+
+
+def _take(draws: Draws, count: int, limit: int = 10**6) -> list[Span]:
+    """Whole spans, unless there is a limit."""
+    taken = [draws.take(limit) for _ in range(count)]
+    return [span for span in taken if span]
 
 
 @st.composite
@@ -38,30 +46,28 @@ def mixtures(draw: Any) -> tuple[list[list[int]], list[float]]:
 
 
 @repeatable
-@given(mixtures(), st.integers(1, 4), st.integers(0, 3))
-@example(([[9], [1] * 9], [0.5, 0.5]), 2, 0)
+@given(mixtures(), st.integers(1, 4), st.integers(0, 3), st.sampled_from([7, 100]))
+@example(([[9], [1] * 9], [0.5, 0.5]), 2, 0, 100)
 def test_shares_of_tokens_hold_at_any_time(
-    mixture: tuple[list[list[int]], list[float]], num_streams: int, seed: int
+    mixture: tuple[list[list[int]], list[float]], num_streams: int, seed: int, limit: int
 ) -> None:
     lengths, weights = mixture
-    longest = max(map(max, lengths))
+    longest = min(limit, max(map(max, lengths)))
     for index in range(num_streams):
-        draws = Draws(_groups(lengths), weights, index=index, num_streams=num_streams, seed=seed)
+        draws = _draws(_groups(lengths), weights, index, num_streams, seed)
         drawn = np.zeros(len(lengths))
-        for span in _take(draws, 30):
-            drawn[span.document // 100] += span.stop
-            # As far as a span, and what streams start apart, from each of the others.
+        apart = max(map(max, lengths))
+        for span in _take(draws, 30, limit):
+            drawn[span.document // 100] += span.stop - span.start
+            # As far as a piece, and what streams start apart, from each of the others.
             behind = np.array(weights) * drawn.sum() - drawn
-            assert np.all(np.abs(behind) <= 2 * len(lengths) * longest)
-        assert drawn.tolist() == draws.state["tokens"]
+            assert np.all(np.abs(behind) <= len(lengths) * (longest + apart))
         assert not drawn[np.array(weights) == 0].any()
 
 
 def test_long_runs_come_to_the_weights() -> None:
     groups = _groups([[100, 3], [7] * 9, [20]])
-    draws = Draws(groups, [0.7, 0.2, 0.1], index=0, num_streams=1, seed=0)
-    _take(draws, 400)
-    tokens = np.array(draws.state["tokens"])
+    tokens = _tokens(_take(_draws(groups, [0.7, 0.2, 0.1], 0, 1), 400), 3)
     np.testing.assert_allclose(tokens / tokens.sum(), [0.7, 0.2, 0.1], atol=3e-2)
 
 
@@ -75,7 +81,7 @@ def test_streams_share_out_each_epoch_of_each_source(
     groups = _groups(lengths)
     drawn: list[list[list[int]]] = []
     for index in range(num_streams):
-        draws = Draws(groups, weights, index=index, num_streams=num_streams, seed=1)
+        draws = _draws(groups, weights, index, num_streams, 1)
         drawn.append([[] for _ in groups])
         for span in _take(draws, 40):
             drawn[-1][span.document // 100].append(span.document)
@@ -93,33 +99,55 @@ def test_draws_go_on_from_their_state(
     mixture: tuple[list[list[int]], list[float]], count: int
 ) -> None:
     lengths, weights = mixture
-    first, second = (
-        Draws(_groups(lengths), weights, index=1, num_streams=2, seed=3) for _ in range(2)
-    )
-    _take(first, count)
+    first, second = (_draws(_groups(lengths), weights, 1, 2, 3) for _ in range(2))
+    _take(first, count, 7)
     second.state = json.loads(json.dumps(first.state))
     assert _take(first, 20) == _take(second, 20)
     assert first.state == second.state
 
 
+@repeatable
+@given(mixtures(), st.lists(st.tuples(st.integers(0, 8), st.integers(1, 60)), max_size=3))
+def test_what_is_put_back_comes_again(
+    mixture: tuple[list[list[int]], list[float]], rounds: list[tuple[int, int]]
+) -> None:
+    """In order, joined again, whatever was drawn in which pieces; and it counts once."""
+    lengths, weights = mixture
+    plain, draws = (_draws(_groups(lengths), weights, 0, 1) for _ in range(2))
+    for count, limit in rounds:
+        before = draws.state
+        draws.put_back(_take(draws, count, limit))
+        np.testing.assert_allclose(draws.state["behind"], before["behind"], atol=1e-9)
+    for source in np.flatnonzero(weights):
+        wanted, found = (_of_source(_take(each, 20), source) for each in (plain, draws))
+        shorter = min(len(wanted), len(found))
+        assert wanted[:shorter] == found[:shorter]
+
+
+def _of_source(spans: list[Span], source: int) -> list[Span]:
+    return [span for span in spans if span.document // 100 == source]
+
+
+def _tokens(spans: list[Span], sources: int) -> np.ndarray:
+    return np.array([sum(s.stop - s.start for s in _of_source(spans, i)) for i in range(sources)])
+
+
 def test_a_state_is_small_and_reached_at_once() -> None:
     """Wherever a stream stands: nothing is drawn to get there."""
-    groups = _groups([[5, 6], [7]])
-    draws = Draws(groups, [0.5, 0.5], index=0, num_streams=1, seed=0)
-    far = {"spans": [10**9, 10**9], "tokens": [5 * 10**9, 7 * 10**9], "behind": [0.5, 0.0]}
+    draws = _draws(_groups([[5, 6], [7]]), [0.5, 0.5], 0, 1)
+    far = {"spans": [10**9, 10**9], "front": [[[0, 2, 5]], []], "behind": [0.5, 0.0]}
     draws.state = far
     assert len(json.dumps(far)) < 200
-    assert next(draws).document < 100
+    first, second = _take(draws, 2)
+    assert first == (0, 2, 5) and second == (100, 0, 7)
 
 
 def test_weights_may_change_on_the_way() -> None:
     """What was drawn before is not made up for."""
-    draws = Draws(_groups([[5] * 4, [5] * 4]), [1.0, 0.0], index=0, num_streams=1, seed=0)
-    _take(draws, 100)
+    draws = _draws(_groups([[5] * 4, [5] * 4]), [1.0, 0.0], 0, 1)
+    assert _tokens(_take(draws, 100), 2).tolist() == [500, 0]
     draws.weights = [0.5, 0.5]
-    tokens = np.array(draws.state["tokens"])
-    _take(draws, 100)
-    after = np.array(draws.state["tokens"]) - tokens
+    after = _tokens(_take(draws, 100), 2)
     assert abs(after[0] - after[1]) <= 20
 
 
@@ -127,10 +155,7 @@ def test_streams_do_not_draw_of_the_same_source_at_a_time() -> None:
     groups = _groups([[10] * 20, [10] * 20])
     chosen = np.array(
         [
-            [
-                span.document // 100
-                for span in _take(Draws(groups, [0.9, 0.1], index=i, num_streams=32, seed=0), 30)
-            ]
+            [span.document // 100 for span in _take(_draws(groups, [0.9, 0.1], i, 32), 30)]
             for i in range(32)
         ]
     )

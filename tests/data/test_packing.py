@@ -1,10 +1,12 @@
 """Packing loses nothing and repeats nothing, wherever a stream stops or its rows change length."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpus import Span
-from moe_jax.data.packing import Row, Stream, pack_once
+from moe_jax.data.mixture import Draws
+from moe_jax.data.packing import Row, Stream, pack_once, plan
 from moe_jax.data.sources import open_corpus
 from moe_jax.data.tokenizer import BOUNDARY
 
@@ -77,6 +80,9 @@ def segments(row: Row, length: int) -> list[list[int]]:
     return found
 
 
+PACKINGS = ("best_fit", "concatenate", "none")
+
+
 class Case(NamedTuple):
     """A stream, and when its rows change length: (rows before, length after) in order."""
 
@@ -87,12 +93,14 @@ class Case(NamedTuple):
     index: int
     borders: list[tuple[int, int]]
     seed: int = 0
+    packing: str = "best_fit"
 
     def stream(self, documents: Numbered, **changes: Any) -> Stream:
         arguments: dict[str, Any] = dict(
             index=self.index,
             num_streams=self.num_streams,
             seed=self.seed,
+            packing=self.packing,
             bins=self.bins,
             length=self.row_length,
         )
@@ -112,13 +120,15 @@ def cases(draw: Any, max_borders: int = 2) -> Case:
             st.lists(st.tuples(st.integers(0, 14), st.integers(1, 60)), max_size=max_borders)
         ),
         seed=draw(st.integers(0, 3)),
+        packing=draw(st.sampled_from(PACKINGS)),
     )
 
 
 def check_account(came_out: Counter[int], state: dict[str, Any], documents: Numbered) -> None:
     """What came out and what is to come are, together, the whole documents that were drawn."""
-    assert state["next_row"] == 0, "no row of the open group has come out yet"
-    account = came_out + predictions(state["parent"]["front"])
+    assert state["taken"] == 0, "no row of the open group has come out yet"
+    account = came_out + predictions(state["draws"]["front"][0])
+    assert state["tokens"] == [came_out.total()]
     times = {
         document: account[1 + STRIDE * document + start]
         for document, start, _ in documents.spans
@@ -126,7 +136,7 @@ def check_account(came_out: Counter[int], state: dict[str, Any], documents: Numb
     }
     drawn = [documents.spans[i] for i, count in times.items() for _ in range(count)]
     assert account == predictions(drawn)
-    assert [len(drawn)] == state["parent"]["drawn"]["spans"]
+    assert [len(drawn)] == state["draws"]["spans"]
 
 
 @repeatable
@@ -145,11 +155,11 @@ def test_nothing_is_lost_or_repeated(case: Case) -> None:
     for rows, new_length in case.borders:
         for _ in range(rows):
             take()
-        stream.set_length(new_length)
+        stream.set_stage(new_length, [1.0])
         length = new_length
         check_account(came_out, stream.get_state(), documents)
     take()
-    while stream.get_state()["next_row"]:
+    while stream.get_state()["taken"]:
         take()
     check_account(came_out, stream.get_state(), documents)
 
@@ -169,7 +179,7 @@ def test_a_restored_stream_goes_on_with_the_same_rows(case: Case, at: int, cross
     stream, length = case.stream(documents), case.row_length
     for count, new_length in case.borders[:crossed]:
         rows(stream, count)
-        stream.set_length(new_length)
+        stream.set_stage(new_length, [1.0])
         length = new_length
     left = case.borders[crossed:]
     if left:
@@ -181,8 +191,8 @@ def test_a_restored_stream_goes_on_with_the_same_rows(case: Case, at: int, cross
     for count, new_length in left:
         assert_rows_equal(rows(stream, count), rows(restored, count))
         assert stream.get_state() == restored.get_state()
-        stream.set_length(new_length)
-        restored.set_length(new_length)
+        stream.set_stage(new_length, [1.0])
+        restored.set_stage(new_length, [1.0])
     assert_rows_equal(rows(stream, 9), rows(restored, 9))
     assert stream.get_state() == restored.get_state()
 
@@ -204,7 +214,7 @@ def test_without_masks_a_row_is_one_text(case: Case) -> None:
             for _ in range(rows):
                 stream.next_row()
             if length != case.row_length:
-                stream.set_length(length)
+                stream.set_stage(length, [1.0])
         a, b = masked.next_row(), unmasked.next_row(mask_documents=False)
         for name in ("tokens", "targets", "loss_weights"):
             np.testing.assert_array_equal(a[name], b[name])
@@ -247,18 +257,67 @@ def test_streams_share_out_one_order_that_is_shuffled_anew_each_epoch() -> None:
     st.lists(st.integers(1, 12) | st.integers(1, 150), max_size=12),
     st.integers(1, 40),
     st.integers(1, 6),
+    st.sampled_from(PACKINGS),
 )
 def test_packing_once_brings_every_prediction_once(
-    lengths: list[int], length: int, bins: int
+    lengths: list[int], length: int, bins: int, packing: str
 ) -> None:
     documents = Numbered(lengths)
     # Held-out spans may start in the middle of a document.
     spans = [span._replace(start=span.stop // 3) for span in documents.spans]
     rows = list(
-        pack_once(documents, spans, length=length, bins=bins, mask_documents=True)  # type: ignore
+        pack_once(
+            documents,  # type: ignore
+            spans,
+            length=length,
+            packing=packing,
+            bins=bins,
+            mask_documents=True,
+        )
     )
-    came_out = Counter(token for row in rows for part in segments(row, length) for token in part)
-    assert came_out == predictions(spans)
+    parts = [segments(row, length) for row in rows]
+    came_out = [token for row in parts for part in row for token in part]
+    assert Counter(came_out) == predictions(spans)
+    if packing == "concatenate":
+        assert came_out == sorted(came_out), "in order"
+        assert all(sum(map(len, row)) == length for row in parts[:-1])
+    elif packing == "none":
+        assert [part for (part,) in parts] == [
+            [1 + STRIDE * document + i for i in range(cut, min(cut + length, stop))]
+            for document, start, stop in spans
+            for cut in range(start, stop, length)
+        ]
+
+
+@repeatable
+@given(
+    st.lists(st.integers(1, 60), max_size=30),
+    st.integers(1, 40),
+    st.integers(1, 6),
+)
+def test_best_fit_makes_the_same_rows_as_grain(lengths: list[int], length: int, bins: int) -> None:
+    """Of lengths alone, where Grain's packer takes the tokens."""
+    spans = [Span(i, 0, size) for i, size in enumerate(lengths)]
+    pieces = [
+        {"tokens": np.full(min(length, stop - cut), 1 + document), "cut": np.array(cut)}
+        for document, start, stop in spans
+        for cut in range(start, stop, length)
+    ]
+    theirs = grain.experimental.BestFitPackIterDataset(
+        grain.MapDataset.source(pieces).to_iter_dataset(),
+        length_struct={"tokens": length},
+        num_packing_bins=bins,
+        shuffle_bins=False,
+        meta_features=["cut"],
+    )
+    draws, ours = Draws([spans], [1.0]), []
+    while (group := plan(draws, length, "best_fit", bins))[1]:
+        ours += [[group[0][i] for i in row] for row in group[1]]
+    for row, wanted in itertools.zip_longest(ours, theirs):
+        assert [piece.start for piece in row] == [int(cut) for cut in wanted["cut"]]
+        tokens = [1 + piece.document for piece in row for _ in range(piece.start, piece.stop)]
+        np.testing.assert_array_equal(wanted["tokens"][: len(tokens)], tokens)
+        assert not wanted["tokens"][len(tokens) :].any()
 
 
 def test_tokens_are_bytes_between_boundaries_and_a_cut_keeps_the_next_token(
@@ -266,7 +325,11 @@ def test_tokens_are_bytes_between_boundaries_and_a_cut_keeps_the_next_token(
 ) -> None:
     (tmp_path / "a.txt").write_text("abcdefg")
     corpus = open_corpus(DataConfig(source=str(tmp_path / "a.txt")))
-    rows = list(pack_once(corpus, [Span(0, 0, 8)], length=3, bins=9, mask_documents=True))
+    rows = list(
+        pack_once(
+            corpus, [Span(0, 0, 8)], length=3, packing="best_fit", bins=9, mask_documents=True
+        )
+    )
     assert [row["tokens"].tolist() for row in rows] == [[BOUNDARY, *b"ab"], [*b"cde"], [*b"fg", 0]]
     assert [row["targets"].tolist() for row in rows] == [
         [*b"abc"],
@@ -282,6 +345,6 @@ def test_pieces_of_a_document_are_joined_again_at_a_border(taken: int) -> None:
     stream = Case([79], 10, 4, 1, 0, []).stream(documents)
     for _ in range(taken):
         stream.next_row()
-    stream.set_length(40)
-    front = stream.get_state()["parent"]["front"]
+    stream.set_stage(40, [1.0])
+    (front,) = stream.get_state()["draws"]["front"]
     assert all((a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True))

@@ -1,6 +1,7 @@
 """Several sources as one corpus, and streams that draw of each by its weight."""
 
 import collections
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 
 from moe_jax.config import Config, DataConfig, Source, Stage, TrainingConfig, UserError
-from moe_jax.curriculum import steps_until_dry
+from moe_jax.curriculum import source_weights, steps_until_dry
 from moe_jax.data.corpus import Span, split_holdout
 from moe_jax.data.documents import Piece
 from moe_jax.data.loader import train_batches
@@ -89,6 +90,51 @@ def test_batches_hold_each_source_by_its_weight_and_go_on_from_a_state(tmp_path:
             np.testing.assert_array_equal(a[name], b[name])
 
 
+BY_STAGE = (
+    Stage(32, 20 * 256),
+    Stage(32, 40 * 256, weights=(0.0, 0.1, 0.9)),
+    Stage(64, weights=(0.5, 0.5, 0.0)),
+)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_each_stage_has_its_own_mixture_from_its_first_row_on(tmp_path: Path, packing: str) -> None:
+    data = _data(tmp_path, 0.6, 0.3, 0.1, num_streams=2, packing_bins=16, packing=packing)
+    config = Config(
+        data=DataConfig(**{**vars(data), "stages": BY_STAGE}),
+        training=TrainingConfig(tokens_per_step=256, num_steps=60),
+    )
+    corpus = open_corpus(config.data)
+    groups, _ = split_holdout(corpus.parts, 0)
+
+    def batches(state: Any = None) -> Any:
+        return train_batches(config, corpus, groups, (0, 1, 1), state)
+
+    whole, states = [], []
+    with contextlib.closing(batches()) as iterator:
+        for _ in range(60):
+            states.append(json.loads(json.dumps(iterator.get_state())))
+            whole.append(next(iterator))
+        last = iterator.get_state()
+    drawn = np.zeros(3)
+    for start, stage in zip((0, 20, 40), BY_STAGE, strict=True):
+        tokens = np.concatenate([batch["tokens"].ravel() for batch in whole[start : start + 20]])
+        counts = np.array([(tokens == ord(letter)).sum() for letter in "abc"])
+        wanted = source_weights(config, stage)
+        np.testing.assert_allclose(counts / counts.sum(), wanted, atol=0.03)
+        assert not counts[np.array(wanted) == 0].any(), "from the first row on"
+        drawn += counts
+    # Boundaries are tokens as well.
+    np.testing.assert_allclose(
+        tokens_drawn(last["streams"].values()) / drawn, np.ones(3), atol=0.12
+    )
+    for step in (10, 20, 21, 40):  # within a stage, and with the last batch before a border
+        with contextlib.closing(batches(states[step])) as iterator:
+            for wanted, found in zip(whole[step : step + 12], iterator, strict=False):
+                for name in wanted:
+                    np.testing.assert_array_equal(found[name], wanted[name])
+
+
 def test_tokens_of_two_tokenizers_do_not_mix(tmp_path: Path) -> None:
     model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>")
     tokenizers.Tokenizer(model).save(str(tmp_path / "own.json"))
@@ -115,9 +161,9 @@ def test_ids_that_the_model_lacks_are_known_before_anything_is_read(tmp_path: Pa
 
 
 def test_a_run_ends_before_a_source_is_drawn_too_often() -> None:
-    def until(*sources: Source) -> tuple[int, int] | None:
+    def until(*sources: Source, stages: tuple[Stage, ...] = (Stage(),)) -> tuple[int, int] | None:
         config = Config(
-            data=DataConfig(source=sources),
+            data=DataConfig(source=sources, stages=stages),
             training=TrainingConfig(tokens_per_step=1000, num_steps=100),
         )
         return steps_until_dry(config, [10_000, 20_000])
@@ -127,6 +173,11 @@ def test_a_run_ends_before_a_source_is_drawn_too_often() -> None:
     assert until(Source("a", 0.5, 1.0), Source("b", 0.5, 0.25)) == (10, 1)
     assert until(Source("a", 0.1, 2.0), Source("b", 0.9)) is None, "it lasts longer than the run"
     assert until(Source("a", 0.9999, 0.01), Source("b", 0.0001)) == (0, 0)
+    # By the weights of its stages: 500 a step for 8 steps, then 750.
+    stages = (Stage(256, 8000), Stage(256, weights=(0.25, 0.75)))
+    assert until(Source("a", 0.5), Source("b", 0.5, 0.5), stages=stages) == (16, 1)
+    stages = (Stage(256, 8000), Stage(256, weights=(1.0, 0.0)))
+    assert until(Source("a", 0.5), Source("b", 0.5, 0.5), stages=stages) is None
 
 
 def test_a_mixture_of_parts_without_documents_of_one_kind() -> None:
