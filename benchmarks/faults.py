@@ -8,23 +8,26 @@ Real processes, killed at random moments; files damaged; disks filled; configs t
 part says how many it tried and how many ended as they must, and stops with an error if any did not.
 """
 
-import json
+import contextlib
+import functools
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 
 from benchmarks import fault_mistakes, fault_runs, record
+from benchmarks.fault_kills import LONG, kills, pair_kills
 from benchmarks.fault_processes import finish, start, wait
+from benchmarks.fault_remains import curve, newest_whole, rows, same, steps
+from moe_jax.interop import manifest
 
 OUTPUT = flags.DEFINE_string("output", None, "JSON to write.")
 ONLY = flags.DEFINE_list("only", None, "Parts to run; all by default.")
@@ -33,143 +36,19 @@ PAIR_KILLS = flags.DEFINE_integer("pair_kills", 20, "Of one process out of two."
 CORRUPTIONS = flags.DEFINE_integer("corruptions", 30, "Of checkpoint files.")
 SEED = flags.DEFINE_integer("seed", 0, "Of what is random.")
 
-LONG = {"training.num_steps": 40, "checkpoint.every_steps": 3, "training.eval_every_steps": 20}
-NOT_COMPARED = {"tokens_per_second", "mfu", "checkpoint_stall_seconds", "data_wait_fraction"}
-
-
-# What is compared -----------------------------------------------------------------------------
-
-
-def rows(workdir: Path) -> list[dict[str, Any]]:
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def curve(workdir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in rows(workdir)]
-
-
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint."""
-    from moe_jax.interop.lazy import flatten, whole
-    from moe_jax.interop.orbax_files import find_checkpoint, read_arrays
-
-    path = find_checkpoint(workdir)
-    assert path is not None, workdir
-    leaves = flatten(read_arrays(path)).items()
-    return {"/".join(names): np.asarray(lazy.read(whole(lazy.shape))) for names, lazy in leaves}
-
-
-def same(workdir: Path, undisturbed: Path) -> bool:
-    """Whether loss curve and final state are equal, bit for bit."""
-    a, b = arrays(workdir), arrays(undisturbed)
-    equal = a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
-    return equal and curve(workdir) == curve(undisturbed)
-
-
-# Parts ----------------------------------------------------------------------------------------
-
-
-def kills(folder: Path, rng: random.Random) -> dict[str, Any]:
-    """SIGKILL at random moments, again and again, of one run, until it is done; then the next."""
-    source, done, lost, runs, equal = str(folder / "corpus" / "*.txt"), 0, [], 0, 0
-    undisturbed = folder / "undisturbed"
-    assert finish(fault_runs.flags(source, undisturbed, LONG), folder / "log") == 0
-    while done < KILLS.value:
-        workdir, runs = folder / f"killed{runs}", runs + 1
-        process = start(fault_runs.flags(source, workdir, LONG), folder / "log")
-        while done < KILLS.value and len(steps(workdir)) < LONG["training.num_steps"] - 5:
-            # Some steps on, at any moment of one: saves are in progress most of the time.
-            wait_for_a_step(process, workdir, folder / "log")
-            time.sleep(rng.uniform(0, 0.3))
-            before = max(steps(workdir), default=0)
-            process.kill()
-            process.join()
-            done += 1
-            whole = newest_whole(workdir)
-            lost.append(before - whole)
-            process = start(fault_runs.flags(source, workdir, LONG), folder / "log")
-            print(f"kill {done}: at step {before}, newest whole checkpoint {whole}", flush=True)
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
-        equal += same(workdir, undisturbed)
-    assert equal == runs, f"{runs - equal} of {runs} runs differ from the undisturbed one"
-    return {"kills": done, "runs": runs, "equal to the bit": equal, "most steps lost": max(lost)}
-
-
-def steps(workdir: Path) -> list[int]:
-    return [row["step"] for row in rows(workdir) if "loss" in row]
-
-
-def wait_for_a_step(process: Any, workdir: Path, log: Path) -> None:
-    """Beyond what stands there: a process that starts drops what its checkpoint lacks first."""
-    size = len(rows(workdir))
-    wait(process, lambda: len(rows(workdir)) not in (0, size), log)
-    size = len(rows(workdir))
-    wait(process, lambda: len(rows(workdir)) > size, log)
-
-
-def newest_whole(workdir: Path) -> int:
-    from moe_jax.interop import manifest
-
-    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
-    return max((int(p.name) for p in folders if not manifest.faults(p)), default=0)
-
-
-def pair_kills(folder: Path, rng: random.Random) -> dict[str, Any]:
-    """SIGKILL of one process out of two; the other must leave, and both start again."""
-    source = str(folder / "corpus" / "*.txt")
-
-    def pair(workdir: Path) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        arguments = fault_runs.flags(source, workdir, LONG)
-        arguments += [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
-        return [start([*arguments, f"--process_id={i}"], folder / "log") for i in (0, 1)]
-
-    undisturbed, workdir = folder / "undisturbed2", folder / "killed_pair"
-    for process in pair(undisturbed):
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
-    done, slowest, runs, equal, both = 0, 0.0, 0, 0, pair(workdir)
-    while True:
-        enough = len(steps(workdir)) >= LONG["training.num_steps"] - 5
-        if done == PAIR_KILLS.value or enough:
-            for process in both:
-                process.join()
-                assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
-            runs, equal = runs + 1, equal + same(workdir, undisturbed)
-            if done == PAIR_KILLS.value:
-                break
-            workdir = folder / f"killed_pair{runs}"
-            both = pair(workdir)
-        wait_for_a_step(both[0], workdir, folder / "log")
-        time.sleep(rng.uniform(0, 0.3))
-        victim = rng.randrange(2)
-        both[victim].kill()
-        begin = time.monotonic()
-        both[1 - victim].join(60)
-        code = both[1 - victim].exitcode
-        slowest = max(slowest, time.monotonic() - begin)
-        assert code, f"the other process: exit code {code} after {slowest:.0f} s"
-        both[victim].join()
-        done += 1
-        print(f"kill {done}: of process {victim}; the other left with {code}", flush=True)
-        both = pair(workdir)
-    assert equal == runs, f"{runs - equal} of {runs} runs differ from the undisturbed one"
-    return {
-        **{"kills": done, "runs": runs, "equal to the bit": equal},
-        "slowest leaving of the other, s": round(slowest, 1),
-    }
+TRAIN_STEP = "moe_jax.training.timing.make_train_step"
+# What a run says of a NaN, by its place.
+NAMED = {
+    "batch": "the loss is not finite",
+    "gradient": "the gradient is not finite",
+    "expert": "parameters/moe_blocks/moe/gate[0, 7, 15, 7] is not finite",
+    "bias": "router_bias/moe_blocks/moe/router/bias[0, 7] is not finite",
+}
 
 
 def corruptions(folder: Path, rng: random.Random) -> dict[str, Any]:
     """Truncated, flipped, deleted and swapped files: none passes for whole."""
-    from moe_jax.interop import manifest
-
-    source, workdir = str(folder / "corpus" / "*.txt"), folder / "corrupted"
+    source, workdir = fault_runs.write_corpus(folder / "corpus"), folder / "corrupted"
     assert finish(fault_runs.flags(source, workdir), folder / "log") == 0
     newest = workdir / "checkpoints" / str(newest_whole(workdir))
     kinds: dict[str, int] = {}
@@ -212,45 +91,81 @@ def full_disk(folder: Path, rng: random.Random) -> dict[str, Any]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", small]).returncode:
         return {"skipped": "no right to mount a tmpfs"}
     try:
-        source, workdir = str(folder / "corpus" / "*.txt"), small / "run"
-        log = folder / "log_full"
-        more = LONG | {"checkpoint.max_failed_saves": 100, "training.num_steps": 60}
+        source, workdir = fault_runs.write_corpus(folder / "corpus"), small / "run"
+        log, last = folder / "log", 150
+        more = LONG | {"checkpoint.max_failed_saves": 100, "training.num_steps": last}
         process = start(fault_runs.flags(source, workdir, more), log)
         wait(process, lambda: newest_whole(workdir) >= 6, log)
-        with (small / "filler").open("wb", buffering=0) as filler:
-            try:
-                while True:
-                    filler.write(bytes(4096))
-            except OSError:
-                pass
+        _fill(small / "filler")
         wait(process, lambda: log.read_text().count("not saved") >= 2, log)
         (small / "filler").unlink()
         process.join()
         text = log.read_text()
         assert process.exitcode == 0, text[-3000:]
-        assert newest_whole(workdir) == 60
-        assert steps(workdir) == list(range(1, 61)), "rows are missing"
+        assert newest_whole(workdir) == last
+        assert steps(workdir) == list(range(1, last + 1)), "rows are missing"
         failed = text.count("not saved")
         # A disk that stays full ends the run.
         shutil.rmtree(workdir)
-        with (small / "filler").open("wb", buffering=0) as filler:
-            filler.write(bytes(7 * 2**20 + 2**19))
-        more |= {"checkpoint.max_failed_saves": 2}
-        code = finish(fault_runs.flags(source, workdir, more), log)
-        assert code in (2, 3), log.read_text()[-3000:]
+        process = start(fault_runs.flags(source, workdir, LONG), log)
+        wait(process, lambda: newest_whole(workdir) >= 6, log)
+        _fill(small / "filler")
+        process.join()
+        assert process.exitcode == 3, log.read_text()[-3000:]
+        assert newest_whole(workdir) >= 6
         return {
-            "saves failed": failed,
-            "rows kept": 60,
-            "exit code of a disk that stays full": code,
+            **{"saves failed": failed, "rows kept": last},
+            "exit code of a disk that stays full": process.exitcode,
         }
     finally:
         subprocess.run(["umount", small], check=True)
 
 
+def _fill(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+
+
+def read_only(folder: Path, rng: random.Random) -> dict[str, Any]:
+    """A directory of checkpoints that may no longer be written to during a run, and later may."""
+    source, workdir, log = (
+        fault_runs.write_corpus(folder / "corpus"),
+        folder / "run",
+        folder / "log",
+    )
+    checkpoints, last = workdir / "checkpoints", 150
+    checkpoints.mkdir(parents=True)
+    if subprocess.run(["mount", "--bind", checkpoints, checkpoints]).returncode:
+        return {"skipped": "no right to mount a directory"}
+
+    def remount(mode: str) -> bool:
+        # Refused while a save has files open; root heeds no permission of a file.
+        command = ["mount", "-o", f"remount,bind,{mode}", checkpoints]
+        return not subprocess.run(command, capture_output=True).returncode
+
+    try:
+        more = LONG | {"checkpoint.max_failed_saves": 100, "training.num_steps": last}
+        process = start(fault_runs.flags(source, workdir, more), log)
+        wait(process, lambda: newest_whole(workdir) >= 6, log)
+        wait(process, lambda: remount("ro"), log)
+        before = newest_whole(workdir)
+        wait(process, lambda: log.read_text().count("not saved") >= 2, log)
+        assert newest_whole(workdir) == before
+        assert remount("rw")
+        process.join()
+        text = log.read_text()
+        assert process.exitcode == 0, text[-3000:]
+        assert newest_whole(workdir) == last and steps(workdir) == list(range(1, last + 1))
+        return {"saves failed": text.count("not saved"), "rows kept": last}
+    finally:
+        subprocess.run(["umount", checkpoints], check=True)
+
+
 def second_run(folder: Path, rng: random.Random) -> dict[str, Any]:
     """Two runs on one work directory, and a lock left behind."""
     source, workdir, log = (
-        str(folder / "corpus" / "*.txt"),
+        fault_runs.write_corpus(folder / "corpus"),
         folder / "shared",
         folder / "log_second",
     )
@@ -271,29 +186,51 @@ def second_run(folder: Path, rng: random.Random) -> dict[str, Any]:
 
 
 def clock(folder: Path, rng: random.Random) -> dict[str, Any]:
-    """The system's clock jumps back and forth by days; what a run does hangs on none of it."""
-    from moe_jax.training import loop
-
-    real, config = time.time, fault_runs.config(str(folder / "corpus" / "*.txt"))
-    time.time = lambda: real() + rng.choice([-3, -1, 0, 1, 3]) * 86400
-    try:
-        loop.train(config, folder / "jumps")
-    finally:
-        time.time = real
-    loop.train(config, folder / "no_jumps")
-    assert same(folder / "jumps", folder / "no_jumps")
+    """Python's clock jumps back and forth by days; what a run does hangs on none of it."""
+    source, log = fault_runs.write_corpus(folder / "corpus"), folder / "log"
+    for name, changed in (("jumps", {"time.time": jumping}), ("undisturbed", {})):
+        process = start(fault_runs.flags(source, folder / name, LONG), log, changed)
+        process.join()
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    assert same(folder / "jumps", folder / "undisturbed")
     return {"runs": 1, "equal to the bit": 1}
+
+
+def jumping(real: Callable[[], float]) -> Callable[[], float]:
+    rng = random.Random(0)
+    return lambda: real() + rng.choice([-3, -1, 0, 1, 3]) * 86400
+
+
+def nans(folder: Path, rng: random.Random) -> dict[str, Any]:
+    """A NaN at step 5: the update is skipped, what holds it is named, and training recovers."""
+    source, found = fault_runs.write_corpus(folder / "corpus"), {}
+    for place, named in NAMED.items():
+        workdir, log = folder / place, folder / f"log_{place}"
+        changed = {TRAIN_STEP: functools.partial(fault_runs.poisoned, place=place, at=5)}
+        arguments = fault_runs.flags(source, workdir, {"recovery.max_bad_steps": 2})
+        process = start(arguments, log, changed)
+        process.join()
+        text = log.read_text()
+        assert process.exitcode == 0 and "step 5: update skipped: " in text and named in text, text
+        losses = [row for row in rows(workdir) if "loss" in row]
+        skipped = [row["step"] for row in losses if row["update_skipped"]]
+        assert skipped[0] == 5 and len(skipped) < 3 and losses[-1]["loss"] is not None, text
+        back = "rolled back" in text
+        assert back == (len(skipped) == 2), text
+        found[place] = f"{len(skipped)} skipped" + (", rolled back" if back else "")
+    return found
 
 
 def signals(folder: Path, rng: random.Random) -> dict[str, Any]:
     """SIGINT and SIGTERM: the run leaves, goes on, and equals the undisturbed one."""
-    source, log = str(folder / "corpus" / "*.txt"), folder / "log_signals"
+    source, log = fault_runs.write_corpus(folder / "corpus"), folder / "log_signals"
     undisturbed = folder / "whole"
     assert finish(fault_runs.flags(source, undisturbed, LONG), log) == 0
     workdir, codes = folder / "signalled", []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        log.write_text("")
         process = start(fault_runs.flags(source, workdir, LONG), log)
-        wait_for_a_step(process, workdir, log)
+        wait(process, lambda: "  loss " in log.read_text(), log)
         os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
@@ -308,7 +245,8 @@ def signals(folder: Path, rng: random.Random) -> dict[str, Any]:
 
 def mistakes(folder: Path, rng: random.Random) -> dict[str, Any]:
     """Configs and inputs that cannot run: a sentence, exit code 2, soon, nothing written."""
-    source, slowest, counts = str(folder / "corpus" / "*.txt"), 0.0, {"configs": 0, "inputs": 0}
+    source, slowest = fault_runs.write_corpus(folder / "corpus"), 0.0
+    counts = {"configs": 0, "inputs": 0}
     for kind, arguments in fault_mistakes.all_of(source, folder):
         log, workdir = folder / "log_mistake", folder / "never"
         log.unlink(missing_ok=True)
@@ -329,17 +267,23 @@ PARTS = {
     "second_run": second_run,
     "corruptions": corruptions,
     "full_disk": full_disk,
+    "read_only": read_only,
     "clock": clock,
-    "kills": kills,
-    "pair_kills": pair_kills,
+    "nans": nans,
+    "kills": lambda folder, rng: kills(folder, rng, KILLS.value),
+    "pair_kills": lambda folder, rng: pair_kills(folder, rng, PAIR_KILLS.value),
 }
 
 
 def main(_: list[str]) -> None:
+    # Restarts compile nothing anew, which is most of their time.
+    cache = Path(tempfile.gettempdir()) / "moe_jax_faults"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ["JAX_PLATFORMS"] = "cpu"
     results = {}
     for name in ONLY.value or PARTS:
         with tempfile.TemporaryDirectory() as folder:
-            fault_runs.write_corpus(Path(folder) / "corpus")
             begin = time.monotonic()
             results[name] = PARTS[name](Path(folder), random.Random(SEED.value))
             print(f"{name}: {results[name]} in {time.monotonic() - begin:.0f} s", flush=True)
