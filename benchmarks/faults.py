@@ -111,7 +111,7 @@ def full_disk(folder: Path, rng: random.Random) -> dict[str, Any]:
         wait(process, lambda: newest_whole(workdir) >= 6, log)
         _fill(small / "filler")
         process.join()
-        assert process.exitcode == 3, log.read_text()[-3000:]
+        assert process.exitcode == 3, (process.exitcode, log.read_text()[-3000:])
         assert newest_whole(workdir) >= 6
         return {
             **{"saves failed": failed, "rows kept": last},

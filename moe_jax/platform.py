@@ -36,8 +36,15 @@ LIBTPU_FLAGS = {
     # There a TPU7x would have it wait for gathers, with no product beside it.
     "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": "false",
 }
+# Emulated devices that share a busy machine's cores may wait long for each other. XLA would warn
+# after 20 seconds and abort the process after 40.
+XLA_CPU_FLAGS = {
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": "300",
+    "xla_cpu_collective_call_terminate_timeout_seconds": "1800",
+}
 # The platform, the environment variable that its compiler reads, and our flags.
 FLAGS = {
+    "cpu": ("XLA_FLAGS", XLA_CPU_FLAGS),
     "cuda": ("XLA_FLAGS", XLA_GPU_FLAGS),
     "tpu": ("LIBTPU_INIT_ARGS", LIBTPU_FLAGS),
 }
@@ -92,7 +99,8 @@ def start(
         if added:
             # In front: where a flag is given twice, the last one counts.
             os.environ[variable] = f"{added} {os.environ.get(variable, '')}".strip()
-            lines.append(f"{variable}: added {added}")
+            if platform != "cpu":  # whose flags change no result and no speed
+                lines.append(f"{variable}: added {added}")
     if num_processes > 1:
         # JAX would take SIGTERM for itself; `training/signals.py` answers it.
         jax.config.update("jax_enable_preemption_service", False)

@@ -15,11 +15,13 @@ from moe_jax.config import MeshConfig, UserError
 ROOT = Path(platform.__file__).parents[1]
 
 ONE_PROCESS = """
+import os
 import jax
 from moe_jax import platform
 from moe_jax.config import MeshConfig
 
 print(platform.start(MeshConfig(num_cpu_devices=4)))
+print(os.environ["XLA_FLAGS"])
 print(jax.device_count(), jax.process_count(), jax.numpy.ones(3).sum())
 """
 
@@ -64,12 +66,15 @@ def _output(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_one_process_emulates_devices_and_xla_knows_our_gpu_flags() -> None:
+def test_one_process_emulates_devices_and_xla_knows_our_flags() -> None:
     # Every build of XLA knows all of XLA_FLAGS and ends the process at an unknown one.
-    flags = platform.missing_flags(platform.XLA_GPU_FLAGS, "")
+    first, *others = platform.XLA_CPU_FLAGS
+    flags = f"--{first}=60 " + platform.missing_flags(platform.XLA_GPU_FLAGS, "")
+    added = " ".join(f"--{name}={platform.XLA_CPU_FLAGS[name]}" for name in others)
     process = _popen(ONE_PROCESS, xla_flags=flags)
     assert _output(process).splitlines() == [
         "['platform: cpu, 4 emulated devices']",
+        f"{added} {flags}",
         "4 1 3.0",
     ]
 
@@ -122,6 +127,7 @@ def test_a_slurm_step_is_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "choose_platform", lambda: "cpu")
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: initialized.append(args))
     monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    monkeypatch.setenv("XLA_FLAGS", "")
     for name, value in {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_NODELIST": "host[1-4]",

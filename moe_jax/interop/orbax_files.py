@@ -26,10 +26,16 @@ from moe_jax.interop.manifest import faults, is_complete
 WEIGHTS = ("parameters", "router_bias")
 
 
-def quiet() -> None:
-    """Orbax tells of every phase of every save at INFO."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("orbax").setLevel(logging.WARNING)
+def set_up_orbax() -> None:
+    """What it says and does beside reading and writing."""
+    # It tells of every phase of every save, and of each thread that failed, with its stack; whoever
+    # waits for the save is told as well, and tells a person.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("orbax").setLevel(logging.CRITICAL)
+    # Replicas of an array write a part each, which takes a program for each shape of part. That is
+    # worth its compilation for large ones only.
+    array_handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24)
+    ocp.type_handlers.register_type_handler(jax.Array, array_handler, override=True)
 
 
 TOKENIZER = "tokenizer"  # the folder beside weights, or in a work directory, with its files
@@ -178,7 +184,7 @@ def write_checkpoint(
     Raises:
       ValueError: of reading a weight; nothing is left at `path` then.
     """
-    quiet()
+    set_up_orbax()
     lazy_handler = _LazyHandler(advance)
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, lazy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -22,12 +22,13 @@ import orbax.checkpoint as ocp
 from moe_jax.config import CheckpointConfig, UserError
 from moe_jax.fields import RunError, read_json
 from moe_jax.interop import manifest
-from moe_jax.interop.orbax_files import quiet
+from moe_jax.interop.orbax_files import set_up_orbax
 from moe_jax.training import processes
 
 Tree = Any
 # What stands behind a step in the name of a folder that is no checkpoint, or not yet.
 WRITING, DELETING, DAMAGED = ".orbax-checkpoint-tmp", ".deleting", ".damaged"
+_TEN_DAYS = 10 * 86400  # seconds
 
 
 def check_writable(directory: Path) -> None:
@@ -57,17 +58,25 @@ class Checkpoints:
     def __init__(
         self, directory: Path, config: CheckpointConfig, say: Callable[[str], None] = print
     ):
-        quiet()
+        set_up_orbax()
         self.directory, self._config, self._say = directory.absolute(), config, say
         self.directory.mkdir(parents=True, exist_ok=True)
         self._is_main = jax.process_index() == 0
         if self._is_main:
             for left in (*self.directory.glob("*" + WRITING), *self.directory.glob("*" + DELETING)):
                 shutil.rmtree(left)
+        # Orbax measures how long it waits by the clock of the day, which may be set meanwhile. If
+        # something hangs, the watchdog ends the run.
+        options = ocp.options.AsyncOptions(
+            timeout_secs=_TEN_DAYS, create_directories_asynchronously=False
+        )
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(), document=ocp.JsonCheckpointHandler()
-            )
+                composite_options=ocp.CompositeOptions(async_options=options),
+                state=ocp.StandardCheckpointHandler(),
+                document=ocp.JsonCheckpointHandler(),
+            ),
+            async_options=options,
         )
         # The last steps of a save: until its manifest is written, a checkpoint does not count.
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -130,7 +139,7 @@ class Checkpoints:
         # On CPU the writer may read the array itself, which the next step could then not donate;
         # elsewhere it copies to the host before it returns.
         if jax.default_backend() == "cpu":
-            state = jax.tree.map(jnp.copy, state)
+            state = jax.tree.map(_copied, state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), document=ocp.args.JsonSave(document)
         )
@@ -246,6 +255,11 @@ def kept(saved: dict[int, float | None], config: CheckpointConfig) -> set[int]:
     measured = [(loss, -step) for step, loss in saved.items() if loss is not None]
     best = [-step for _, step in sorted(measured)[: config.keep_best]]
     return {*newest, *best, *(step for step in saved if every and step % every == 0)}
+
+
+def _copied(x: jax.Array) -> jax.Array:
+    """Without a program, which would have to be compiled for every shape."""
+    return jax.device_put(x, x.sharding, may_alias=False)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,11 +1,13 @@
 """Checkpoints: exact, on any mesh, whole or not there, and unharmed by what is refused."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,41 @@ def test_the_state_may_be_donated_at_once(checkpoints: Checkpoints) -> None:
     assert all(x.is_deleted() for x in donated.values())
     checkpoints.wait()
     _assert_equal(checkpoints.restore(1, layout), expected)
+
+
+def test_a_save_compiles_nothing(tmp_path: Path) -> None:
+    """Each program takes a while, and training waits."""
+    _, layout = _state_on(FOUR)  # with replicas, which Orbax would have write a part each
+    # Shapes that no other test has, else their programs might be there already.
+    zeros = [np.zeros((2, *x.shape), x.dtype) for x in jax.tree.leaves(layout)]
+    mesh = jax.tree.leaves(layout)[0].sharding.mesh
+    state = {f"x{i}": jax.device_put(x, jax.NamedSharding(mesh, P())) for i, x in enumerate(zeros)}
+    opened, compiled = Checkpoints(tmp_path, CheckpointConfig(keep=1)), []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        compiled.append(event) if "backend_compile" in event else None
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        opened.save(1, state, {})
+        opened.wait()
+        assert compiled == []
+        jax.jit(lambda x: x + 17)(zeros[0])
+        assert compiled != []  # the test has teeth
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        opened.close()
+
+
+def test_a_clock_that_jumps_harms_no_save(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, jumps = time.time, itertools.cycle([0, 3, -1, 1, -3])
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps) * 86400)
+    for step in (1, 2, 3):
+        checkpoints.save(step, _tree(step), {})
+    assert checkpoints.latest() == 3
+    _assert_equal(checkpoints.restore(3, _abstract(_tree(0))), _tree(3))
 
 
 def test_the_newest_are_kept(checkpoints: Checkpoints) -> None:
