@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -28,7 +27,7 @@ from moe_jax.training import processes
 Tree = Any
 # What stands behind a step in the name of a folder that is no checkpoint, or not yet.
 WRITING, DELETING, DAMAGED = ".orbax-checkpoint-tmp", ".deleting", ".damaged"
-_TEN_DAYS = 10 * 86400  # seconds
+_TEN_DAYS, _TWENTY_MINUTES = 10 * 86400, 1200  # seconds
 
 
 def check_writable(directory: Path) -> None:
@@ -65,10 +64,11 @@ class Checkpoints:
         if self._is_main:
             for left in (*self.directory.glob("*" + WRITING), *self.directory.glob("*" + DELETING)):
                 shutil.rmtree(left)
-        # Orbax measures how long it waits by the clock of the day, which may be set meanwhile. If
-        # something hangs, the watchdog ends the run.
+        # Orbax measures how long it waits by the clock of the day, which may be set meanwhile. With
+        # several processes, one whose own part of a save failed is waited for no longer than that.
         options = ocp.options.AsyncOptions(
-            timeout_secs=_TEN_DAYS, create_directories_asynchronously=False
+            timeout_secs=_TEN_DAYS if jax.process_count() == 1 else _TWENTY_MINUTES,
+            create_directories_asynchronously=False,
         )
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -177,17 +177,29 @@ class Checkpoints:
 
     def _failure(self, error: BaseException) -> None:
         self._failed += 1
+        self._drain()
         if self._is_main:
             for left in self.directory.glob(f"{self._saving_step}*{WRITING}*"):
                 shutil.rmtree(left, ignore_errors=True)
         most = self._config.max_failed_saves
-        what = f"checkpoint {self._saving_step} could not be written ({_reason(error)})"
+        what = self._what_failed(error)
         if self._failed >= most:
             raise RunError(
                 f"{what}, as the {self._failed} last ones (config.checkpoint.max_failed_saves="
                 f"{most}); make room in {self.directory}, or write access, and start again"
             )
         self._say(f"not saved   {what}; training goes on, {most - self._failed} more may fail")
+
+    def _drain(self) -> None:
+        """Forgets what else went wrong in a save that failed.
+
+        Orbax raises it one by one, and what is left in the next save, or when it is closed.
+        """
+        for _ in range(100):
+            try:
+                return self._checkpointer.wait_until_finished()
+            except Exception:  # of a save that has been told of
+                continue
 
     def document(self, step: int) -> dict[str, Any]:
         """What was saved beside the state."""
@@ -240,8 +252,16 @@ class Checkpoints:
                 self._failed = 0
 
     def close(self) -> None:
+        """Waits for what is being written; if it fails, that is told and raises nothing."""
+        saving, self._saving = self._saving, None
+        if saving and (error := saving.exception()):
+            self._say(f"not saved   {self._what_failed(error)}")
         self._background.shutdown()
+        self._drain()
         self._checkpointer.close()
+
+    def _what_failed(self, error: BaseException) -> str:
+        return f"checkpoint {self._saving_step} could not be written ({_reason(error)})"
 
 
 def kept(saved: dict[int, float | None], config: CheckpointConfig) -> set[int]:

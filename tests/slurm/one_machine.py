@@ -76,6 +76,9 @@ def cluster(folder: Path, nodes: int = 2) -> Iterator[dict[str, str]]:
             command = [str(_path(name)), *arguments]
             daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
 
+    def ask(*command: str) -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+
     try:
         start(
             *("munged", "--foreground", "--force", f"--key-file={folder}/key"),
@@ -86,19 +89,14 @@ def cluster(folder: Path, nodes: int = 2) -> Iterator[dict[str, str]]:
         start("slurmctld", "-D", "-c", "-f", environment["SLURM_CONF"])
         for node in range(nodes):
             start("slurmd", "-D", "-N", f"127.0.0.{node + 2}", "-f", environment["SLURM_CONF"])
-        count = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-
-        def ready() -> bool:
-            return subprocess.run(
-                count, env=environment, capture_output=True, text=True
-            ).stdout == (f"{nodes}\n")
-
-        _wait(ready, folder)
+        count = ("sinfo", "--noheader", "--states=idle", "--format=%D")
+        _wait(lambda: ask(*count) == f"{nodes}\n", folder)
         yield environment
     finally:
-        if len(daemons) > 1:
-            cancel = ["scancel", "--full", "--user=root"]
-            subprocess.run(cancel, env=environment, capture_output=True, timeout=30)
+        with contextlib.suppress(AssertionError):
+            # Daemons that go first leave what runs behind.
+            ask("scancel", "--user=root")
+            _wait(lambda: ask("squeue", "--noheader") == "", folder)
         for daemon in reversed(daemons):
             daemon.terminate()
             try:

@@ -361,6 +361,33 @@ def test_a_save_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
     checkpoints.close()
 
 
+def test_what_else_failed_in_a_save_fails_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3), said.append)
+    errors = [OSError("first"), OSError("second"), OSError("third")]
+    real = checkpoints._checkpointer.wait_until_finished
+    # Orbax raises what went wrong in parts of a save one by one.
+    monkeypatch.setattr(
+        checkpoints._checkpointer,
+        "wait_until_finished",
+        lambda: (_ for _ in ()).throw(errors.pop(0)) if errors else real(),
+    )
+    checkpoints.save(1, _tree(1), {})
+    checkpoints.save(2, _tree(2), {})
+    assert checkpoints.latest() == 2 and not errors
+    (tmp_path / "3").write_text("in the way")
+    checkpoints.save(3, _tree(3), {})
+    errors += [OSError("fourth"), OSError("fifth")]
+    checkpoints.close()  # as at the end of a run that something else ended
+    assert [text.split(" could")[0] for text in said] == [
+        "not saved   checkpoint 1",
+        "not saved   checkpoint 3",
+    ]
+    assert "(first)" in said[0]
+
+
 def test_what_does_not_fit_is_refused_and_listed(checkpoints: Checkpoints) -> None:
     stored = {
         "parameters": {"kept": jnp.ones(3), "gone": jnp.ones(2), "wider": jnp.ones((4, 2))},
