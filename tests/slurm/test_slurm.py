@@ -31,7 +31,7 @@ def _wait(holds: Callable[[], Any], text: Callable[[], str]) -> None:
 def test_a_job_is_queued_again_after_a_crash_and_a_preemption(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     changes = {"training.num_steps": 10**6, "training.eval_every_steps": 10**6}
-    changes["checkpoint.every_steps"] = 20
+    changes |= {"data.holdout_every": 0, "checkpoint.every_steps": 20}
     arguments = fault_runs.flags(fault_runs.write_corpus(tmp_path / "corpus"), workdir, changes)
 
     def out() -> str:
