@@ -24,8 +24,15 @@ from moe_jax.units import format_bytes
 
 
 def listing(workdir: Path, verify: bool) -> Iterator[str]:
-    """A line a checkpoint: step, size, when, held-out loss, and whether it is whole."""
-    for path in _all(workdir):
+    """A line a checkpoint: step, size, when, held-out loss, and whether it is whole.
+
+    What is wrong with one stands below it.
+    """
+    paths = _all(workdir)
+    if not paths:
+        yield f"{workdir} has no checkpoints yet"
+    for path in paths:
+        faults = []
         size = format_bytes(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
         when = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
         if path.name.endswith(DAMAGED):
@@ -35,8 +42,10 @@ def listing(workdir: Path, verify: bool) -> Iterator[str]:
         elif not verify:
             state = "finished"
         else:
-            state = "; ".join(manifest.faults(path)) or "whole"
+            faults = manifest.faults(path)
+            state = "damaged" if faults else "whole"
         yield f"{path.name:>8}  {size:>10}  {when}  {_loss(path)}  {state}"
+        yield from (f"          {fault}" for fault in faults)
 
 
 def compare(workdir: Path, *names: str) -> Iterator[str]:
@@ -62,7 +71,8 @@ def compare(workdir: Path, *names: str) -> Iterator[str]:
             yield f"{name}: {text}"
         else:
             equal += 1
-    yield f"{equal} arrays are equal, bit for bit"
+    total = len(arrays[0].keys() | arrays[1].keys())
+    yield f"{equal} of {total} arrays are equal, bit for bit"
 
 
 def _difference(a: Lazy, b: Lazy) -> str:
@@ -75,7 +85,10 @@ def _difference(a: Lazy, b: Lazy) -> str:
             changed += int(np.count_nonzero(differ))
             apart = np.abs(x.astype(np.float64) - y.astype(np.float64))
             largest = max(largest, float(apart.max()))
-    return f"{changed} of {a.size} values differ, by {largest:.3g} at most" if changed else ""
+    if not changed:
+        return ""
+    count = "all" if changed == a.size else f"{changed:,} of {a.size:,}"
+    return f"{count} differ by up to {largest:.3g}"
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
@@ -101,6 +114,8 @@ def export(workdir: Path, name: str, target: str | None) -> Iterator[str]:
 
 def delete(workdir: Path, names: Sequence[str]) -> Iterator[str]:
     """Deletes these, all or none; never the newest that is whole."""
+    if not names:
+        raise UserError("--delete names no step, as --delete=40,60 does")
     paths = [_one(workdir, name) for name in names]
     newest = next(
         (

@@ -1,12 +1,15 @@
 """Checkpoints listed, verified, compared, exported and deleted from outside."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax import validation
 from moe_jax.config import CheckpointConfig, UserError, default_config
 from moe_jax.fields import to_dict
@@ -14,6 +17,8 @@ from moe_jax.interop.orbax_files import read_arrays, read_checkpoint
 from moe_jax.training import checkpoint_tools
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.lock import locked
+
+ROOT = Path(moe_jax.__path__[0]).parent
 
 
 @pytest.fixture
@@ -41,18 +46,25 @@ def test_listed_and_verified(workdir: Path) -> None:
     assert lines[1].endswith("held-out loss 1.5000  finished")
     assert lines[2].endswith("never finished")
     os.truncate(workdir / "checkpoints" / "2" / "document" / "metadata", 5)
-    first, second, _ = checkpoint_tools.listing(workdir, verify=True)
-    assert "document/metadata has 5 bytes, not " in first and second.endswith("whole")
+    first, fault, second, _ = checkpoint_tools.listing(workdir, verify=True)
+    assert first.endswith("damaged") and second.endswith("whole")
+    assert fault.strip().startswith("document/metadata has 5 bytes, not ")
     with pytest.raises(UserError, match="is no work directory"):
         list(checkpoint_tools.listing(workdir / "checkpoints", verify=False))
+
+
+def test_an_empty_list_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (line,) = checkpoint_tools.listing(tmp_path, verify=False)
+    assert line == f"{tmp_path} has no checkpoints yet"
 
 
 def test_compared(workdir: Path) -> None:
     assert list(checkpoint_tools.compare(workdir, "2", "4")) == [
         "config.training.num_steps: 200 -> 400",
-        "parameters/scale: 3 of 4 values differ, by 3 at most",
-        "step: 1 of 1 values differ, by 2 at most",
-        "1 arrays are equal, bit for bit",
+        "parameters/scale: 3 of 4 differ by up to 3",
+        "step: all differ by up to 2",
+        "1 of 3 arrays are equal, bit for bit",
     ]
     with pytest.raises(UserError, match="has no checkpoint 5; there are 2, 4, 6"):
         list(checkpoint_tools.compare(workdir, "2", "5"))
@@ -79,6 +91,8 @@ def test_a_damaged_checkpoint_is_not_exported(workdir: Path) -> None:
 
 
 def test_deleted_but_never_the_newest_whole_one_or_under_a_run(workdir: Path) -> None:
+    with pytest.raises(UserError, match="--delete names no step"):
+        list(checkpoint_tools.delete(workdir, []))
     with pytest.raises(UserError, match="checkpoint 4 is the newest that is whole"):
         list(checkpoint_tools.delete(workdir, ["2", "4"]))
     with locked(workdir), pytest.raises(UserError, match="another run writes to"):
@@ -86,3 +100,15 @@ def test_deleted_but_never_the_newest_whole_one_or_under_a_run(workdir: Path) ->
     assert len(list(checkpoint_tools.listing(workdir, verify=False))) == 3
     list(checkpoint_tools.delete(workdir, ["2", "6"]))
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+
+
+def test_the_command_does_one_thing_at_a_time(workdir: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "moe_jax.checkpoints", workdir, "--verify", "--delete=2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    expected = "error: --verify and --delete are two things to do; ask for one at a time\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", expected)
+    assert (workdir / "checkpoints" / "2").exists()
