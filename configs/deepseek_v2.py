@@ -64,7 +64,6 @@ def get_config(size: str = "full") -> ConfigDict:
         {"value": 0.316**2 * 2.4e-4},
     )
     data.num_streams = 768
-    data.packing_bins = 512  # fill 99 % of rows this long
     training.tokens_per_step = 9216 * 4096
     training.micro_batches = 8
     training.num_steps = 0

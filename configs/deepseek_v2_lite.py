@@ -58,7 +58,6 @@ def get_config(size: str = "full") -> ConfigDict:
         {"value": 0.316**2 * 4.2e-4},
     )
     data.num_streams = 512
-    data.packing_bins = 512  # fill 99 % of rows this long
     data.stages = ({"sequence_length": 4096, "until_tokens": 5700 * BILLION},)
     training.tokens_per_step = 4608 * 4096
     training.micro_batches = 9

@@ -66,7 +66,6 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     data.mask_documents = False
     data.num_streams = 512
-    data.packing_bins = 512  # fill 99 % of rows this long
     training.tokens_per_step = 16384 * 4096
     training.micro_batches = 8
     training.num_steps = 0

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer.peak_lr = 4e-3
     config.optimizer.final_lr = 2e-4
     config.optimizer.warmup_steps = 20
+    config.data.packing_bins = 32  # enough to fill rows this short
     config.data.stages = (
         {"sequence_length": 128, "until_tokens": 40 * 4096},
         {"sequence_length": 256, "until_tokens": None},

@@ -288,7 +288,7 @@ class DataConfig:
     # How documents become rows. "best_fit": each where it leaves least room, cut if longer than a
     # row; "concatenate": one after the other, cut where rows end; "none": a row each, padded.
     packing: str = "best_fit"
-    packing_bins: int = 32  # rows that best fit fills at a time
+    packing_bins: int = 512  # rows that a stream plans and shuffles at a time; 8 bytes a token
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
     prefetch: int = 2  # batches made ahead
     stages: tuple[Stage, ...] = (Stage(),)

@@ -73,7 +73,10 @@ def _check_given(config: Config) -> None:
     _at_least(config, 1, "training.tokens_per_step", "training.micro_batches")
     _at_least(config, 0, "training.num_steps")
     scale = config.training.recipe_scale
-    _require(scale > 0, f"config.training.recipe_scale={scale} must be above 0")
+    _require(
+        0 < scale <= 1,
+        f"config.training.recipe_scale={scale} must be above 0 and at most 1, the whole recipe",
+    )
     curriculum.check_given(config)
     _check_learning_rate(config)
     for field in schedules.FIELDS:

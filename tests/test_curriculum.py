@@ -102,6 +102,11 @@ def test_a_scale_multiplies_every_end() -> None:
     assert small.training.mtp_loss_weight == (Phase(1.0, 2000), Phase(0.5))
     assert (small.optimizer.warmup_steps, small.training.recipe_scale) == (2, 1.0)
     assert resolved(_config(Stage(8), num_steps=5000, recipe_scale=0.01)).training.num_steps == 50
+    # However small: a step of each stage.
+    least = resolved(
+        _config(Stage(8, 10**9), Stage(16, 2 * 10**9), num_steps=0, recipe_scale=1e-30)
+    )
+    assert stage_starts(least) == [0, 1] and least.training.num_steps == 2
 
 
 def _shapes(config: Config) -> list[tuple[int, int, int | None]]:

@@ -38,7 +38,7 @@ CUT = {
     "data.stages": (
         {"sequence_length": 16, "until_tokens": 512},
         {"sequence_length": 32, "until_tokens": 1024},
-        {"sequence_length": 16, "until_tokens": None},
+        {"sequence_length": 16, "until_tokens": None, "rope_factor": 8.0},
     ),
     "training.num_steps": 6,
     "training.tokens_per_step": 256,

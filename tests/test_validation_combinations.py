@@ -206,9 +206,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "config.training.num_steps=0 ends the run with the last stage, so config.data.stages[1]."
         "until_tokens=None must be a number",
     ),
-    (
-        {"training.recipe_scale": 0.0},
-        "config.training.recipe_scale=0.0 must be above 0",
+    *(
+        (
+            {"training.recipe_scale": scale},
+            f"config.training.recipe_scale={scale} must be above 0 and at most 1, the whole recipe",
+        )
+        for scale in (0.0, -1.0, 1.5, 1e300)
+    ),
+    *(
+        (
+            {"training.recipe_scale": scale},
+            f"config.training.recipe_scale={scale} must be a finite number",
+        )
+        for scale in (float("nan"), float("inf"))
     ),
     (
         {"data.stages": stages((128, 8192), (256, 8192), (128, None))},

@@ -20,15 +20,15 @@ State = dict[str, Any]
 
 
 def plan(draws: Draws, length: int, packing: str, bins: int) -> tuple[list[Span], list[list[int]]]:
-    """The next group of rows: pieces as they are drawn, and which of them each row has.
+    """The next group of at most `bins` rows: pieces in the order drawn, and which each row has.
 
     "best_fit" cuts what is longer than a row, and puts each piece where it leaves least room, until
-    none of `bins` rows has room for the next. "concatenate" fills a row to its end with what comes,
-    and cuts there. "none" has a row for each piece. No rows: all is drawn.
+    no row has room for the next. "concatenate" fills row after row with what comes, and cuts where
+    they end. "none" has a row for each piece. No rows: all is drawn.
     """
     pieces: list[Span] = []
+    rows: list[list[int]] = [[] for _ in range(bins)]
     if packing == "best_fit":
-        rows: list[list[int]] = [[] for _ in range(bins)]
         room = [(length, row) for row in range(bins)]  # sorted
         while piece := draws.take(length):
             size = piece.stop - piece.start
@@ -37,15 +37,17 @@ def plan(draws: Draws, length: int, packing: str, bins: int) -> tuple[list[Span]
                 draws.put_back([piece])
                 break
             left, row = room.pop(best)
-            rows[row].append(len(pieces))
             bisect.insort(room, (left - size, row))
+            rows[row].append(len(pieces))
             pieces.append(piece)
-        return pieces, [row for row in rows if row]
-    left = length
-    while left and (piece := draws.take(left)):
-        left = 0 if packing == "none" else left - (piece.stop - piece.start)
-        pieces.append(piece)
-    return pieces, [list(range(len(pieces)))] if pieces else []
+    else:
+        for row in rows:
+            left = length
+            while left and (piece := draws.take(left)):
+                left = 0 if packing == "none" else left - (piece.stop - piece.start)
+                row.append(len(pieces))
+                pieces.append(piece)
+    return pieces, [row for row in rows if row]
 
 
 class _Texts:
