@@ -28,8 +28,7 @@ from moe_jax.config import (
 from moe_jax.planning.case import Case
 from moe_jax.planning.compiled import Counts, Walk
 from moe_jax.schedules import scheduled
-from moe_jax.training.loop import abstract_state
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.training.step import abstract_state, init_state, make_train_step
 
 LENGTH = 64
 # Sizes that divide nothing by chance; no stack of one layer, whose loop XLA would open.
@@ -97,7 +96,7 @@ def make_config(
 def state_of(config: Config) -> Any:
     mesh = _mesh(config)
     with jax.set_mesh(mesh):
-        return abstract_state(jax.jit(lambda: init_state(config)), mesh)
+        return abstract_state(config, mesh)
 
 
 def tiny() -> Config:

@@ -20,8 +20,7 @@ from moe_jax.curriculum import at_stage, main_stage
 from moe_jax.planning import buffers, compiled_step, topologies
 from moe_jax.planning.compiled_step import CompiledStep, TooLarge
 from moe_jax.schedules import scheduled
-from moe_jax.training.loop import abstract_state
-from moe_jax.training.step import abstract_batch, init_state, make_train_step
+from moe_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 # How TPU's compiler says that a program needs more memory than there is.
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
@@ -67,7 +66,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
     stage = main_stage(config)
     config = at_stage(config, stage)
     with jax.set_mesh(mesh):
-        state = abstract_state(jax.jit(lambda: init_state(config)), mesh)
+        state = abstract_state(config, mesh)
         batch = abstract_batch(config, stage, mesh)
         begin = time.perf_counter()
         step = jax.jit(make_train_step(config), donate_argnums=0)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from moe_jax import sharding, validation
 from moe_jax.config import Config, UserError
@@ -47,7 +47,13 @@ from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.recovery import Guard
 from moe_jax.training.self_check import check_exchange
 from moe_jax.training.signals import Request, Requests
-from moe_jax.training.step import Tree, first_state, init_state, make_train_step
+from moe_jax.training.step import (
+    Tree,
+    abstract_state,
+    first_state,
+    init_state,
+    make_train_step,
+)
 from moe_jax.training.timing import Clock, CompiledSteps, Trace
 from moe_jax.training.watchdog import watchdog
 
@@ -244,7 +250,7 @@ def start(
     changed = resume.check(document, there, corpus.fingerprint, place)
     display.line(f"resuming    from step {step}")
     display.lines([f"changed     {text}" for text in changed])
-    return step, document, checkpoints.restore(step, abstract_state(init, mesh))
+    return step, document, checkpoints.restore(step, abstract_state(config, mesh))
 
 
 def remove_empty(*folders: Path) -> None:
@@ -252,17 +258,6 @@ def remove_empty(*folders: Path) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # it holds something, or was never made
             folder.rmdir()
-
-
-def abstract_state(init: Any, mesh: Mesh) -> Tree:
-    """Shapes, dtypes and shardings of what `init` makes, without making it."""
-
-    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A value that no axis splits has no sharding of its own here.
-        spec = x.sharding.spec if x.sharding else sharding.P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(placed, jax.eval_shape(init))
 
 
 def global_batch(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import sharding
 from moe_jax.config import Config, Stage
@@ -63,6 +63,17 @@ def abstract_batch(config: Config, stage: Stage, mesh: Mesh) -> Any:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
         for name, dtype in (*((n, jnp.int32) for n in integers), ("loss_weights", jnp.float32))
     }
+
+
+def abstract_state(config: Config, mesh: Mesh) -> Tree:
+    """Shapes, dtypes and shardings of a state, on the current mesh, without making one."""
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A value that no axis splits has no sharding of its own here.
+        spec = x.sharding.spec if x.sharding else sharding.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(lambda: init_state(config)))
 
 
 def init_state(config: Config) -> Tree:
