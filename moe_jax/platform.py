@@ -6,6 +6,7 @@ itself: the flags and the number of emulated devices can no longer be changed af
 
 import glob
 import importlib.util
+import logging
 import os
 from collections.abc import Mapping
 
@@ -104,6 +105,8 @@ def start(
     if num_processes > 1:
         # JAX would take SIGTERM for itself; `training/signals.py` answers it.
         jax.config.update("jax_enable_preemption_service", False)
+        # It tells of each step of joining, and that this service is off.
+        logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
         # On CPU the collectives between processes are Gloo's, which is JAX's default.
         jax.distributed.initialize(
             *by_hand,
