@@ -1,6 +1,8 @@
 """What a run tries on its own devices before it trusts them with a training step."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from moe_jax.ops.backends import Backends, choose
 from moe_jax.ops.grouped_matmul import Experts
 from moe_jax.sharding import BATCH, BATCH_AXES, EXPERT_AXES, P
 
+Draw = Callable[[np.random.Generator], np.ndarray]
 TOKENS, TOP_K, DIM, HIDDEN = 64, 4, 256, 128  # of a device
 LOCAL_EXPERTS = 4
 # Rows are the same in both forms, and only sums of many lie in another order.
@@ -50,29 +53,39 @@ def check_exchange(config: Config) -> list[str]:
 
 def largest_difference(num_experts: int, products: str, dtype: jnp.dtype) -> float:
     """By how much any gradient differs, as a share of the largest value of the padded one's."""
-    mesh = jax.sharding.get_mesh()
-    tokens = TOKENS * sharding.num_shards(dict(mesh.shape), BATCH_AXES)
-    rng = np.random.default_rng(0)
-    # Every other token is routed as the first is, so that buffers overflow.
-    ids_TK = np.stack([rng.permutation(num_experts)[:TOP_K] for _ in range(tokens)])
-    ids_TK[::2] = ids_TK[0]
-    inputs = (
-        rng.normal(size=(tokens, DIM)).astype(dtype),
-        rng.uniform(0.2, 1.0, (tokens, TOP_K)),
-        ids_TK,
-        rng.normal(scale=DIM**-0.5, size=(num_experts, DIM, 2 * HIDDEN)).astype(dtype),
-        rng.normal(scale=HIDDEN**-0.5, size=(num_experts, HIDDEN, DIM)).astype(dtype),
+    first = np.random.default_rng(0).permutation(num_experts)[:TOP_K]
+
+    def draw_ids(rng: np.random.Generator) -> np.ndarray:
+        ids_TK = np.stack([rng.permutation(num_experts)[:TOP_K] for _ in range(TOKENS)])
+        ids_TK[::2] = first  # every other token goes where the first does, so that buffers overflow
+        return ids_TK
+
+    def normal(scale: float, *shape: int) -> Draw:
+        return lambda rng: rng.normal(scale=scale, size=shape).astype(dtype)
+
+    draws = (
+        normal(1.0, TOKENS, DIM),
+        lambda rng: rng.uniform(0.2, 1.0, (TOKENS, TOP_K)),
+        draw_ids,
+        normal(DIM**-0.5, LOCAL_EXPERTS, DIM, 2 * HIDDEN),
+        normal(HIDDEN**-0.5, LOCAL_EXPERTS, HIDDEN, DIM),
     )
     types = (dtype, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
     specs = (BATCH, BATCH, BATCH, P(EXPERT_AXES), P(EXPERT_AXES))
     compare = jax.jit(functools.partial(_difference, products=products, specs=specs))
-    return float(compare(*map(_place, inputs, types, specs)))
+    return float(compare(*map(_place, draws, types, specs)))
 
 
-def _place(x: np.ndarray, dtype: jnp.dtype, spec: P) -> jax.Array:
-    x = x.astype(dtype)
-    where = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+def _place(draw: Draw, dtype: jnp.dtype, spec: P) -> jax.Array:
+    """An array of one drawn part a shard. A process draws what its own devices hold and no more."""
+    mesh = jax.sharding.get_mesh()
+    rows, *dims = draw(np.random.default_rng(0)).shape
+    shape = (rows * sharding.num_shards(dict(mesh.shape), sharding.split_axes(spec, 0)), *dims)
+
+    def part(index: Any) -> np.ndarray:
+        return draw(np.random.default_rng((index[0].start or 0) // rows)).astype(dtype)
+
+    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), part)
 
 
 def _difference(x, weights, ids, gate_up, down, *, products, specs):
