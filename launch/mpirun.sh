@@ -14,6 +14,8 @@ OPTIONS=${OPTIONS:-}              # of mpirun, as --allow-run-as-root
 
 processes=$1
 shift
+# mpirun gives process 0 a terminal even where it has none: then no live line, which files cannot hold.
+[[ -t 1 ]] || export TERM=dumb
 for ((attempt = 0; ; attempt++)); do
     # shellcheck disable=SC2086
     mpirun $OPTIONS --host "$HOSTS" -n "$processes" --bind-to none python -m moe_jax.main "$@"
