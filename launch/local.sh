@@ -16,7 +16,8 @@ processes=$1
 shift
 trap 'kill $(jobs -p) 2>/dev/null' EXIT
 trap 'kill -INT $(jobs -p) 2>/dev/null' INT
-trap 'kill -TERM $(jobs -p) 2>/dev/null' TERM
+stopping=0                        # asked for itself, it starts nothing again
+trap 'stopping=1; kill -TERM $(jobs -p) 2>/dev/null' TERM
 
 run() { # returns the first exit code that is not 0
     local i pid code=0 failed=0 pids=()
@@ -41,6 +42,6 @@ for ((attempt = 0; ; attempt++)); do
     run "$@"
     code=$?
     # 0: done; 2: a mistake; 3: given up. Nothing else is final.
-    ((code == 0 || code == 2 || code == 3 || attempt >= RESTARTS)) && exit "$code"
+    ((code == 0 || code == 2 || code == 3 || stopping || attempt >= RESTARTS)) && exit "$code"
     echo "exit code $code; starting again ($((attempt + 1)) of $RESTARTS)"
 done
