@@ -25,7 +25,7 @@ def kills(folder: Path, rng: random.Random, number: int) -> dict[str, Any]:
         log.write_text("")
         process = start(fault_runs.flags(source, workdir, LONG), log)
         if done < number:
-            sleep_until_a_moment(process, log, rng)
+            sleep_until_a_moment(process, log, rng, 1)
             process.kill()
         process.join()
         _check_resumption(log.read_text(), whole)
@@ -71,7 +71,7 @@ def pair_kills(folder: Path, rng: random.Random, number: int) -> dict[str, Any]:
         both, victim = pair(workdir), rng.randrange(2)
         if done < number:
             wait(both[0], lambda: "processes: 2" in logs[0].read_text(), logs[0])
-            sleep_until_a_moment(both[0], logs[0], rng)
+            sleep_until_a_moment(both[0], logs[0], rng, 5)  # whose steps wait for each other
             both[victim].kill()
         begin = time.monotonic()
         both[victim].join()
@@ -99,13 +99,13 @@ def pair_kills(folder: Path, rng: random.Random, number: int) -> dict[str, Any]:
     }
 
 
-def sleep_until_a_moment(process: Any, log: Path, rng: random.Random) -> None:
-    """One in five while the run starts, the others while it trains; or the run is over by then."""
+def sleep_until_a_moment(process: Any, log: Path, rng: random.Random, seconds: float) -> None:
+    """One in five while the run starts, the others in its first seconds; or it is over by then."""
     if rng.random() < 0.2:
         time.sleep(rng.uniform(0, 5))
         return
     wait(process, lambda: process.exitcode is not None or "  loss " in log.read_text(), log)
-    time.sleep(rng.uniform(0, 1))
+    time.sleep(rng.uniform(0, seconds))
 
 
 def _check_resumption(text: str, whole: int) -> None:
