@@ -62,7 +62,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for precision, row in rows.items():
         by_seed = " ".join(f"{d:+.2%}" for d in row["difference"])
-        mean = f"{row['mean']:+.2%} ± {row['standard_error']:.2%}"
+        mean = f"{row['mean']:+.2%}"
+        if flags.seeds > 1:
+            mean += f" ± {row['standard_error']:.2%}"
         first, last = (f"{min(row[f'cosine_{when}'].values()):.4f}" for when in ("first", "last"))
         loss = statistics.mean(row["held_out"])
         print(f"| {precision} | {loss:.4f} | {by_seed} | {mean} | {first} {last} |")
@@ -127,7 +129,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def _figures(runs: list, base: list) -> dict[str, Any]:
     difference = [a["held_out"] / b["held_out"] - 1 for a, b in zip(runs, base, strict=True)]
-    deviation = statistics.stdev(difference) if len(difference) > 1 else float("nan")
+    deviation = statistics.stdev(difference) if len(difference) > 1 else 0.0  # of one, nothing
     figures: dict[str, Any] = {
         "held_out": [run["held_out"] for run in runs],
         "difference": difference,
