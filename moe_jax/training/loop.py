@@ -149,7 +149,7 @@ def train(config: Config, workdir: Path, lines: Sequence[str] = ()) -> int:
                     checked_step = debug.checked(config.debug, train_step.call, make)
                     rows, length = num_rows(config, stage), stage.sequence_length
                     number = sum(start < step for start in starts)
-                    display.line(summary.stage(number, rows, length, *train_step[1:]))
+                    display.line(summary.stage(number, rows, stage, *train_step[1:]))
                     # The next that is another is compiled while this one trains.
                     following = [stage_at(config, s) for s in starts if step <= s < last_step]
                     any(steps.start(each) for each in following)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from moe_jax import sharding
-from moe_jax.config import Config
+from moe_jax.config import Config, Stage
 from moe_jax.curriculum import drawn_after, tokens_after
 from moe_jax.data.corpus import Corpus, Span
 from moe_jax.ops import fp8_native
@@ -126,10 +126,23 @@ def held_out(spans: int, token_entropy: float) -> str:
     return f"held out    {spans} documents; single tokens have {token_entropy:.2f} nats"
 
 
-def stage(number: int, rows: int, length: int, seconds: float, bytes_per_device: int) -> str:
-    return (
-        f"stage {number:<5} {rows} rows of {length} tokens, compiled in "
-        f"{format_duration(seconds)}, {format_bytes(bytes_per_device)} per device"
+def stage(number: int, rows: int, this: Stage, seconds: float, bytes_per_device: int) -> str:
+    """At its first step; what it has of its own besides its shape stands at the end."""
+    own = []
+    if this.weights is not None:
+        own.append(f"sources {', '.join(f'{weight:.1%}' for weight in this.weights)}")
+    if this.mask_documents is not None:
+        own.append(f"documents {'apart' if this.mask_documents else 'see each other'}")
+    if this.rope_factor is not None:
+        own.append(f"YaRN's factor {this.rope_factor:g}")
+    if this.learning_rate_factor != 1:
+        own.append(f"learning rate times {this.learning_rate_factor:g}")
+    return "; ".join(
+        [
+            f"stage {number:<5} {rows} rows of {this.sequence_length} tokens, compiled in "
+            f"{format_duration(seconds)}, {format_bytes(bytes_per_device)} per device",
+            *own,
+        ]
     )
 
 

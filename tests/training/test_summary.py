@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Config, MeshConfig, PrecisionConfig
+from moe_jax.config import Config, MeshConfig, PrecisionConfig, Stage
 from moe_jax.training import summary
 
 
@@ -55,4 +55,16 @@ def test_products_that_fell_back_are_counted_and_the_worst_is_named() -> None:
     assert summary.fell_back(metrics, 0.05) == (
         "3 products are no longer in eight bits: an operand erred by more than "
         "fp8_error_bound=0.05; now the worst is moe_blocks_1/gradient with 0.0834"
+    )
+
+
+def test_a_stage_says_what_it_has_of_its_own() -> None:
+    plain = summary.stage(1, 32, Stage(128), 23.0, 2**25)
+    assert plain == "stage 1     32 rows of 128 tokens, compiled in 23s, 32.0 MiB per device"
+    stage = Stage(
+        128, weights=(0.25, 0.75), mask_documents=False, rope_factor=40.0, learning_rate_factor=0.1
+    )
+    assert summary.stage(1, 32, stage, 23.0, 2**25) == (
+        f"{plain}; sources 25.0%, 75.0%; documents see each other; YaRN's factor 40; "
+        "learning rate times 0.1"
     )
