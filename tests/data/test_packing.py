@@ -348,3 +348,20 @@ def test_pieces_of_a_document_are_joined_again_at_a_border(taken: int) -> None:
     stream.set_stage(40, [1.0])
     (front,) = stream.get_state()["draws"]["front"]
     assert all((a[0], a[2]) != (b[0], b[1]) for a, b in zip(front[:-1], front[1:], strict=True))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_document_is_read_once_for_all_its_rows_of_a_group(packing: str) -> None:
+    class Counted(Numbered):
+        reads = 0
+
+        def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+            self.reads += 1
+            return super().tokens(i)
+
+    documents = Counted([799])
+    stream = Case([799], 10, 8, 1, 0, [], packing=packing).stream(documents)
+    for group in range(1, 4):
+        for _ in range(8):
+            stream.next_row()
+        assert documents.reads == group
