@@ -17,6 +17,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax  # noqa: E402  JAX reads the environment when it is imported
 import pytest  # noqa: E402
 
+from moe_jax.platform import XLA_CPU_FLAGS, missing_flags  # noqa: E402
+
+# As the command has them, whose programs are then found in the cache: flags are part of the key.
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{missing_flags(XLA_CPU_FLAGS, _GIVEN)} {_GIVEN}".strip()
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Linux lets a process have 65,530 mappings. A train step compiled for eight CPU devices takes some
