@@ -21,6 +21,7 @@ from moe_jax.planning import buffers, compiled_step, topologies
 from moe_jax.planning.compiled_step import CompiledStep, TooLarge
 from moe_jax.schedules import scheduled
 from moe_jax.training.step import abstract_batch, abstract_state, make_train_step
+from moe_jax.training.timing import memory_of
 
 # How TPU's compiler says that a program needs more memory than there is.
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
@@ -79,16 +80,9 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
                 raise
             raise TooLarge(_bytes(*found.groups()[:2]), _bytes(*found.groups()[2:])) from error
         seconds = time.perf_counter() - begin
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
-    return CompiledStep(
-        text,
-        mesh,
-        state,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        seconds,
-    )
+    text = compiled.as_text()
+    assert text is not None
+    return CompiledStep(text, mesh, state, *memory_of(compiled), seconds)
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -103,13 +103,20 @@ class CompiledSteps:
             step = jax.jit(make_train_step(config), donate_argnums=0)
             batch = abstract_batch(config, stage, self._mesh)
             compiled = step.lower(self._state, batch, scheduled(config, 0)).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None
-        return CompiledStep(
-            compiled,
-            time.perf_counter() - begin,
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        )
+        return CompiledStep(compiled, time.perf_counter() - begin, sum(memory_of(compiled)))
+
+
+def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes of one device: of a program's arguments, and of what is allocated for it besides.
+
+    JAX before 0.11 tells the second from `temp_size_in_bytes` alone, in which TPU's compiler counts
+    some more than once.
+    """
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    arguments = memory.argument_size_in_bytes
+    total = getattr(memory, "total_allocation_bytes", 0)
+    return arguments, total - arguments if total else memory.temp_size_in_bytes
 
 
 class CompiledStep(NamedTuple):
