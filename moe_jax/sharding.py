@@ -190,7 +190,7 @@ def gather_varying(shard: jax.Array, spec: P, *, keep: int = 0) -> jax.Array:
 
 
 def gather_narrow(shard: jax.Array, spec: P, dtype: jnp.dtype, *, keep: int = 0) -> jax.Array:
-    """`gather_varying` of a float32 parameter, which travels as `dtype`.
+    """`gather_varying` of a parameter, float32 in training, which travels as `dtype`.
 
     What comes out is float32 again, of narrow values, so that its gradient is float32 from the
     product that makes it to its reduced parts. It is made to vary once, before it is used, so that
@@ -200,10 +200,11 @@ def gather_narrow(shard: jax.Array, spec: P, dtype: jnp.dtype, *, keep: int = 0)
 
     @jax.custom_vjp
     def gather_narrow(shard):
-        # A compiler that sees only narrow uses of all layers' parts would narrow them all, once
-        # and before the loop over layers. It does not see through integers.
-        bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(shard, jnp.uint32))
-        shard = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        if shard.dtype == jnp.float32:
+            # A compiler that sees only narrow uses of all layers' parts would narrow them all, once
+            # and before the loop over layers. It does not see through integers.
+            bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(shard, jnp.uint32))
+            shard = jax.lax.bitcast_convert_type(bits, jnp.float32)
         return gather(shard.astype(dtype)).astype(jnp.float32)
 
     def backward(shard, gradient):

@@ -98,7 +98,7 @@ def test_what_products_remember_is_saved_and_goes_on_bit_for_bit(tmp_path: Path)
     exact = [leaf[..., fp8_state.EXACT] for leaf in jax.tree.leaves(state["fp8"])]
     assert 0 < np.mean(np.concatenate([x.ravel() for x in exact])) < 1, "some passed the bound"
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
-    checkpoints.save(2, state, {})
+    checkpoints.save(2, jax.device_put(state), {})
     checkpoints.wait()
     layout = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
