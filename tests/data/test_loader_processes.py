@@ -2,24 +2,18 @@
 
 import contextlib
 import itertools
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from processes_of_a_run import run_joined
 
-import moe_jax
 from moe_jax.config import Config, DataConfig, Source, Stage, TrainingConfig
 from moe_jax.data.corpus import split_holdout
 from moe_jax.data.loader import train_batches
 from moe_jax.data.sources import open_corpus
 
-ROOT = Path(moe_jax.__path__[0]).parent
 STEPS, SAVED = 9, (2, 4)  # states are merged over processes inside a stage and at its border
 ONE_OF_MANY = """
 import contextlib, itertools, pickle, sys
@@ -70,7 +64,7 @@ def test_processes_feed_the_bytes_of_one(tmp_path: Path, count: int) -> None:
         training=TrainingConfig(tokens_per_step=768, num_steps=STEPS, micro_batches=2),
     )
     (tmp_path / "config").write_bytes(pickle.dumps((config, STEPS, SAVED)))
-    _run(count, tmp_path)
+    run_joined(ONE_OF_MANY, count, tmp_path)
 
     corpus = open_corpus(config.data)
     groups, _ = split_holdout(corpus.parts, config.data.holdout_every)
@@ -87,26 +81,3 @@ def test_processes_feed_the_bytes_of_one(tmp_path: Path, count: int) -> None:
                     assert (data.dtype, data.tobytes()) == (array.dtype, array[index].tobytes())
                     seen[index] = True
             assert seen.all()
-
-
-def _run(count: int, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    arguments: list[Any] = [sys.executable, "-c", ONE_OF_MANY, address, str(count)]
-    processes = [
-        subprocess.Popen(
-            [*arguments, str(number), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(process.returncode for process in processes):
-        pytest.fail("\n".join(errors))

@@ -1,16 +1,9 @@
 """Checkpoints, and what processes settle, between two real ones."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from processes_of_a_run import run_joined
 
-import moe_jax
-
-ROOT = Path(moe_jax.__path__[0]).parent
 ONE_OF_TWO = """
 import os, sys
 from pathlib import Path
@@ -21,7 +14,7 @@ from moe_jax.config import CheckpointConfig, MeshConfig, UserError
 from moe_jax.training import processes
 from moe_jax.training.checkpoint import Checkpoints
 
-address, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+address, number, folder = sys.argv[1], int(sys.argv[3]), Path(sys.argv[4])
 platform.start(MeshConfig(num_cpu_devices=4), address, 2, number)
 mesh = jax.make_mesh((4,), ("data",))
 
@@ -71,22 +64,4 @@ checkpoints.close()
 
 
 def test_two_processes_save_verify_and_restore(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, address, str(number), str(tmp_path / "saved")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    if any(process.returncode for process in both):
-        pytest.fail("\n".join(errors))
+    run_joined(ONE_OF_TWO, 2, tmp_path / "saved")
