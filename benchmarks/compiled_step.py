@@ -40,9 +40,10 @@ parts (`model.moe.exchange_parts`).
   way back to the experts, to the bfloat16 in which these take them.
 - *hidden*: the share of the exchanges' own time, at the stated rates of the links, that is filled
   with products between start and done (`planning/overlap.py`).
-- *memory*: of one device, state and temporaries. These rows were compiled when dense weights were
-  split over `fsdp` alone; over the experts' axes as well, as now, both are less, and gradients of
-  dense weights are scattered over these where the rows have all-reduces.
+- *memory*: of one device, state and temporaries. Of TPUs the latter are `temp_size_in_bytes`,
+  which counts some twice (`memory_of` in `training/timing.py`). These rows were compiled when dense
+  weights were split over `fsdp` alone; over the experts' axes as well, as now, both are less, and
+  gradients of dense weights are scattered over these where the rows have all-reduces.
 - Wanted are ratios of at most 1.1 at a buffer factor of 1.0, and no unwanted collective.
 """
 
